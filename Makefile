@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: finetune test check bench clean
+
+finetune: $(STAMP)  ## fine-tune the embedded model on private docstrings, offline
+	$(BIN)/dpopt finetune
+
+test: check  ## lint, types and the test suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## private against non-private step, peers beside it (slow)
+	$(BIN)/python -m benchmarks.step
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

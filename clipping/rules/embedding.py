@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings: the output gradient of each position belongs to the row that was looked up.
+
+Shapes: B examples, T positions, D width, V rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clipping.grads import Rows, SampleGrads
+from clipping.rules.registry import Inputs, register_rule
+
+
+def embedding(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGrads]:
+    """`nn.Embedding` with indices (B, ...) and output gradient (B, ..., D); `padding_idx` gets no gradient."""
+    assert isinstance(layer, nn.Embedding)
+    if layer.max_norm is not None or layer.scale_grad_by_freq:
+        raise ValueError(
+            "expected an embedding without max_norm and scale_grad_by_freq, which depend on the whole batch; "
+            f"got {layer}; build it without them"
+        )
+    num_examples = grad.shape[0]
+    indices = inputs.first.reshape(num_examples, -1)
+    values = grad.reshape(num_examples, indices.shape[1], grad.shape[-1])
+    if layer.padding_idx is not None:
+        values = values.masked_fill((indices == layer.padding_idx).unsqueeze(-1), 0)
+    return {"weight": Rows(indices, values, layer.num_embeddings)}
+
+
+register_rule(nn.Embedding, embedding, parameters=("weight",))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers of any rank: gradient of the weight = sum over positions of output gradient times input.
+
+Shapes: B examples, T positions (all dimensions between the first and the last), D inputs, P outputs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clipping.grads import Dense, Outer, SampleGrads, widen
+from clipping.rules.registry import Inputs, register_rule
+
+
+def _positions(values: Tensor) -> Tensor:
+    return values.reshape(values.shape[0], 1, -1, values.shape[-1])
+
+
+def bias_grads(grad: Tensor) -> Dense:
+    """(B, ..., P) output gradient to the bias gradient (B, P)."""
+    return Dense(widen(grad).reshape(grad.shape[0], -1, grad.shape[-1]).sum(1))
+
+
+def linear(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGrads]:
+    """`nn.Linear` with input (B, ..., D) and output gradient (B, ..., P)."""
+    found: dict[str, SampleGrads] = {}
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    if weight is not None and weight.requires_grad:
+        found["weight"] = Outer(_positions(grad), _positions(inputs.first), weight.shape)
+    if bias is not None and bias.requires_grad:
+        found["bias"] = bias_grads(grad)
+    return found
+
+
+def conv1d_transposed(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGrads]:
+    """transformers' `Conv1D`: a linear layer whose weight is stored as (D, P)."""
+    found: dict[str, SampleGrads] = {}
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    if weight is not None and weight.requires_grad:
+        found["weight"] = Outer(_positions(inputs.first), _positions(grad), weight.shape)
+    if bias is not None and bias.requires_grad:
+        found["bias"] = bias_grads(grad)
+    return found
+
+
+register_rule(nn.Linear, linear)
+register_rule("transformers.pytorch_utils.Conv1D", conv1d_transposed)
