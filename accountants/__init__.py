@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a release cost? Events as data, privacy curves closed under `+`, and a ledger that forgets nothing.
+
+>>> from accountants import Gaussian, PoissonSampled, Repeated, accountant
+>>> step = PoissonSampled(0.01, Gaussian(1.0))
+>>> round(accountant("rdp").curve(Repeated(step, 1000)).epsilon(1e-5), 2)
+2.1
+"""
+
+from accountants import calibrate
+from accountants.curve import Accountant, Bound, Curve
+from accountants.events import (
+    Composed,
+    Event,
+    Gaussian,
+    Leaf,
+    NonPrivate,
+    PoissonSampled,
+    Repeated,
+    UnpricedEvent,
+    from_dict,
+    leaves,
+    to_dict,
+)
+from accountants.ledger import Ledger, LedgerLocked, LedgerNotDurable
+from accountants.records import History, LedgerCorrupt, Record, charged, read, verify
+from accountants.registry import accountant
+
+__all__ = [
+    "Accountant",
+    "Bound",
+    "Composed",
+    "Curve",
+    "Event",
+    "Gaussian",
+    "History",
+    "Leaf",
+    "Ledger",
+    "LedgerCorrupt",
+    "LedgerLocked",
+    "LedgerNotDurable",
+    "NonPrivate",
+    "PoissonSampled",
+    "Record",
+    "Repeated",
+    "UnpricedEvent",
+    "accountant",
+    "calibrate",
+    "charged",
+    "from_dict",
+    "leaves",
+    "read",
+    "to_dict",
+    "verify",
+]

@@ -19,7 +19,7 @@ before the data were seen, unless the accountant says otherwise (`Accountant.ada
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 
@@ -114,6 +114,8 @@ Event = Gaussian | PoissonSampled | Repeated | Composed | NonPrivate
 
 _KINDS = {kind.__name__: kind for kind in (Gaussian, PoissonSampled, Repeated, Composed, NonPrivate)}
 
+_BUILD: Mapping[str, Callable[..., Event]] = _KINDS
+
 
 def to_dict(event: Event) -> dict[str, object]:
     """Write the event as plain JSON data: its fields, and its class name under `kind`."""
@@ -122,9 +124,10 @@ def to_dict(event: Event) -> dict[str, object]:
     data: dict[str, object] = {"kind": type(event).__name__}
     for field in fields(event):
         value = getattr(event, field.name)
-        if isinstance(value, tuple):
-            value = [to_dict(item) for item in value]
-        data[field.name] = to_dict(value) if _is_event(value) else value
+        if field.name == "events":
+            data[field.name] = [to_dict(item) for item in value]
+        else:
+            data[field.name] = to_dict(value) if field.name == "event" else value
     return data
 
 
@@ -149,7 +152,7 @@ def from_dict(data: Mapping[str, object]) -> Event:
             "remove the unknown ones and add the missing ones"
         )
     values = {key: _value(data[key]) for key in expected}
-    return kind(**values)
+    return _BUILD[kind.__name__](**values)
 
 
 def _value(value: object) -> object:

@@ -23,7 +23,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from accountants.curve import (
     ADD_OR_REMOVE,
@@ -191,7 +191,7 @@ def _fractional_log(s: float, q: float, a: float) -> float:
     x = np.arange(-13.0, a / s + 13.0, min(step, 0.25))
     y = x / s - 1 / (2 * s * s)
     logs = _log_excess(y, q, a) - x * x / 2
-    return float(logsumexp(logs)) + math.log(x[1] - x[0]) - math.log(2 * math.pi) / 2
+    return float(np.logaddexp.reduce(logs)) + math.log(x[1] - x[0]) - math.log(2 * math.pi) / 2
 
 
 def _log_excess(y: Array, q: float, a: float) -> Array:

@@ -97,9 +97,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCau
         num_key_value_heads=2,
         max_position_embeddings=recipe.long_window,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.get_vocab()[PAD],
+        bos_token_id=tokenizer.get_vocab()[BOS],
+        eos_token_id=tokenizer.get_vocab()[EOS],
     )
     return LlamaForCausalLM(config)
 

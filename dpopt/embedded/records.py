@@ -14,6 +14,7 @@ from itertools import chain
 from dpopt.embedded.docstrings import (
     Docstring,
     Fingerprints,
+    collection_paused,
     digest,
     docstrings_of,
     package_folder,
@@ -76,7 +77,8 @@ def private_docstrings(
     """Read the docstrings of the packages, without those that resemble each other or the public text."""
     found = (docstrings_of(package_folder(package), root=package, skip=_SKIPPED) for package in packages)
     seen = public_fingerprints() if fingerprints is None else fingerprints.copy()
-    return tuple(without_duplicates(chain.from_iterable(found), seen))
+    with collection_paused():
+        return tuple(without_duplicates(chain.from_iterable(found), seen))
 
 
 def is_validation(module: str, *, seed: int) -> bool:

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The durable ledger: an append-only, hash-chained file of everything ever charged to one population.
+
+The law of this file: **a charge is on disk before the noise it pays for is drawn**. A crash, a kill, a full
+disk or a resumed run can count a release twice; none can lose one.
+
+One JSON object per line: `seq`, `kind`, `payload`, `prev`, `hash`, where `hash` is the SHA-256 of the rest and
+`prev` the hash of the line before. The ledger belongs to the *dataset*, not to a checkpoint: going back to an
+older checkpoint never gives charges back. It holds events and public configuration only; never keys, random
+states or records.
+
+What it cannot see: lines cut off whole at the end, and a copy of the file used elsewhere. Keep `head` outside
+(in checkpoints, in a report) and ask `knows(head)` to detect both.
+"""
+
+import fcntl
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from accountants.curve import ADD_OR_REMOVE
+from accountants.events import Composed, Event, Repeated, UnpricedEvent, to_dict
+from accountants.rdp import RDP
+from accountants.records import (
+    FORMAT,
+    LedgerCorrupt,
+    Record,
+    Scalar,
+    check_header,
+    event_of,
+    following,
+    parse,
+    to_line,
+)
+
+
+class LedgerLocked(RuntimeError):
+    """Another writer holds the ledger."""
+
+
+class LedgerNotDurable(RuntimeError):
+    """A record could not be made durable; the ledger takes no more charges in this process."""
+
+
+class Ledger:
+    """The single writer of a ledger file. Open it with `Ledger.open`, close it or use it in a `with` block.
+
+    Guarantees:
+        - durable before return: when `charge` returns, the record has been written and synchronised to disk.
+        - no charge is ever lost: kill -9, torn lines and full disks over-count by at most one charge each.
+        - single writer: a second `open` is refused, and so is a forked child.
+        - tamper evident: a changed byte is refused with its line number.
+    """
+
+    __slots__ = (
+        "_counts",
+        "_declared",
+        "_failed",
+        "_fd",
+        "_hashes",
+        "_header",
+        "_last",
+        "_mutex",
+        "_path",
+        "_pid",
+    )
+
+    def __init__(self, path: Path, fd: int, records: tuple[Record, ...]) -> None:
+        self._path, self._fd, self._pid = path, fd, os.getpid()
+        self._mutex = threading.Lock()
+        self._failed = ""
+        self._counts: Counter[Event] = Counter()
+        self._declared: set[Event] = set()
+        self._hashes: set[str] = set()
+        self._header = records[0]
+        for record in records:
+            self._note_in_memory(record)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, unit: str = "record", relation: str = ADD_OR_REMOVE
+    ) -> Self:
+        """Create the ledger at `path`, or continue it after verifying every line.
+
+        Args:
+            path: the file; its directory must exist.
+            unit: the unit of privacy, e.g. "record" or "user".
+            relation: what makes two datasets neighbours.
+
+        Raises:
+            LedgerLocked: another process (or this one) has it open.
+            LedgerCorrupt: a line does not verify; the message gives its number.
+            LedgerNotDurable: the header or a repair could not be written.
+            ValueError: the file was made for another unit or relation.
+        """
+        path = Path(path)
+        try:
+            fd, fresh = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True
+        except FileExistsError:
+            fd, fresh = os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+        try:
+            _lock(fd, path)
+            if fresh:
+                return cls(path, fd, (_create(fd, path, unit, relation),))
+            return cls._continue(path, fd, unit, relation)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _continue(cls, path: Path, fd: int, unit: str, relation: str) -> Self:
+        records, torn = parse(path.read_bytes(), str(path))
+        check_header(records[0], unit, relation, str(path))
+        ledger = cls(path, fd, records)
+        end = os.lseek(fd, 0, os.SEEK_END) - len(torn)
+        os.lseek(fd, end, os.SEEK_SET)
+        if torn:
+            ledger._repair(torn)
+        return ledger
+
+    def _repair(self, torn: bytes) -> None:
+        """Count the line that was being written when the last writer died, then remove its remains.
+
+        Its charge had not been acknowledged, so nothing was released for it; it is counted all the same, as
+        the dearest event known. The repair overwrites the remains in place and only then cuts off the rest:
+        a crash in between leaves a torn line again, which is counted again.
+        """
+        note = {"repaired": len(torn)}
+        prefix = f'{{"seq":{self._last.seq + 1},"kind":'
+        harmless = torn.startswith((f'{prefix}"note"'.encode(), f'{prefix}"attempt"'.encode()))
+        known = set(self._counts) | self._declared
+        if harmless:
+            self._append("note", note)
+        elif known:
+            self._append("charge", {"event": to_dict(max(known, key=_price)), "context": note})
+        else:
+            raise LedgerCorrupt(
+                f"{self._path} must end in a whole line; got {len(torn)} bytes of a first charge whose event is "
+                "unknown; nothing was released for it: remove these bytes by hand, or restore a copy"
+            )
+        try:
+            os.ftruncate(self._fd, os.lseek(self._fd, 0, os.SEEK_CUR))
+            os.fsync(self._fd)
+        except OSError as error:
+            raise LedgerNotDurable(
+                f"a repair must be durable; got {type(error).__name__}: {error} for {self._path}; repair the disk"
+            ) from error
+
+    def charge(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> Record:
+        """Append `event` and make it durable. Draw the noise only after this has returned.
+
+        Args:
+            event: what is about to be released.
+            context: public numbers beside it, e.g. {"step": 17}.
+
+        Raises:
+            LedgerNotDurable: it could not be written; nothing may be released.
+        """
+        return self._append("charge", {"event": to_dict(event), "context": dict(context or {})})
+
+    def attempt(self, config: Mapping[str, object], *, event: Event | None = None) -> Record:
+        """Append the start (or resumption) of a run: its public configuration, and the event it will charge."""
+        declared = None if event is None else to_dict(event)
+        return self._append("attempt", {"config": dict(config), "event": declared})
+
+    def note(self, text: str, *, context: Mapping[str, Scalar] | None = None) -> Record:
+        """Append a remark that costs nothing, e.g. that a checkpoint was written."""
+        return self._append("note", {"text": text, "context": dict(context or {})})
+
+    def events(self) -> Composed:
+        """Return everything charged so far as one event, equal charges merged; price it with an accountant."""
+        return Composed(tuple(Repeated(event, count) for event, count in self._counts.items()))
+
+    @property
+    def id(self) -> str:
+        """The random name given to the ledger at its creation."""
+        return str(self._header.payload["id"])
+
+    @property
+    def head(self) -> str:
+        """The hash of the last record; it commits to the whole history."""
+        return self._last.hash
+
+    @property
+    def num_charges(self) -> int:
+        """The number of charges ever made, repairs included."""
+        return sum(self._counts.values())
+
+    def knows(self, head: str) -> bool:
+        """Tell whether `head` was ever the head of this ledger: False after a rollback or in a copy's branch."""
+        return head in self._hashes
+
+    def close(self) -> None:
+        """Release the lock and the file. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, kind: str, payload: Mapping[str, object]) -> Record:
+        with self._mutex:
+            self._check_usable()
+            record = following(self._last, kind, payload)
+            line = to_line(record)
+            try:
+                _write_durably(self._fd, line)
+            except OSError as error:
+                self._failed = f"{type(error).__name__}: {error}"
+                # The bytes may have reached the disk all the same: count them.
+                self._note_in_memory(record)
+                raise LedgerNotDurable(
+                    f"the ledger must be durable before a release; got {self._failed} writing {self._path}; release "
+                    "nothing, free the disk or repair it, and open the ledger again"
+                ) from error
+            self._note_in_memory(record)
+            return record
+
+    def _check_usable(self) -> None:
+        if self._fd < 0:
+            raise ValueError(f"the ledger must be open; got {self._path} after close(); open it again")
+        if self._pid != os.getpid():
+            raise LedgerLocked(
+                f"the ledger must be written by the process that opened it, {self._pid}; got {os.getpid()}; "
+                "charge in the parent, or open a ledger of its own in the child"
+            )
+        if self._failed:
+            raise LedgerNotDurable(
+                f"the ledger must be durable before a release; got an earlier failure ({self._failed}) on "
+                f"{self._path}; close it, repair the disk, and open it again"
+            )
+
+    def _note_in_memory(self, record: Record) -> None:
+        self._last = record
+        self._hashes.add(record.hash)
+        event = event_of(record)
+        if event is not None and record.kind == "charge":
+            self._counts[event] += 1
+        elif event is not None:
+            self._declared.add(event)
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise LedgerLocked(
+            f"the ledger must have one writer; got a second one for {path} ({error}); "
+            "wait for the other run to end, or use read() to look at it"
+        ) from error
+
+
+def _create(fd: int, path: Path, unit: str, relation: str) -> Record:
+    payload = {"format": FORMAT, "id": secrets.token_hex(16), "unit": unit, "relation": relation}
+    header = following(None, "header", payload)
+    try:
+        _write_durably(fd, to_line(header))
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise LedgerNotDurable(
+            f"a new ledger must be durable; got {type(error).__name__}: {error} for {path}; choose another disk"
+        ) from error
+    return header
+
+
+def _write_durably(fd: int, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def _price(event: Event) -> float:
+    try:
+        return RDP().curve(event).epsilon(1e-6)
+    except UnpricedEvent:
+        return float("inf")

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The explicit door: draw a batch, accumulate per-example losses, release, and step any torch optimizer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from accountants import Bound, Event, Ledger, accountant
+from accountants.calibrate import num_steps
+from clipping import Clipper, Inputs, examine
+from dpopt.budget import Budget, BudgetExhausted
+from dpopt.mechanisms import Mechanism
+from dpopt.randomness import generator, insecure_key, secret_key
+from dpopt.sampling import PoissonSampling
+from dpopt.step import (
+    StepSum,
+    persistent_buffers,
+    refuse_changed_buffers,
+    refuse_changed_parameters,
+    refuse_distributed,
+    write_gradients,
+)
+
+RELATION = "add-or-remove-one"
+DEFAULT_LEDGERS = Path("privacy-ledgers")
+
+Example = TypeVar("Example", covariant=True)
+
+
+class Records(Protocol[Example]):
+    """A dataset: a length and an item per index; each item is one unit of privacy."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class Batch(NamedTuple):
+    """One draw: the examples that take part in a step, possibly none."""
+
+    examples: tuple[object, ...]
+
+    def split(self, size: int) -> Iterator[list]:
+        """Micro-batches of at most `size` examples; none for an empty batch."""
+        for start in range(0, len(self.examples), size):
+            yield list(self.examples[start : start + size])
+
+
+def default_ledger() -> Path:
+    """The first free `privacy-ledgers/run-NNNN.jsonl` below the current directory: one ledger for each run."""
+    number = 1
+    while (path := DEFAULT_LEDGERS / f"run-{number:04d}.jsonl").exists():
+        number += 1
+    return path
+
+
+def _inputs(example_inputs: Tensor | tuple | Mapping[str, object] | None, model: nn.Module) -> Inputs | None:
+    if example_inputs is None:
+        dummy = getattr(model, "dummy_inputs", None)  # transformers models bring their own
+        return Inputs((), dummy) if isinstance(dummy, Mapping) and "input_ids" in dummy else None
+    if isinstance(example_inputs, Mapping):
+        return Inputs((), example_inputs)
+    return Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+
+
+class PrivateTraining:
+    """A training run whose every released gradient is clipped, charged, noised, and only then written.
+
+    `clipper`, `mechanism` and `sampling` fix what one step releases; `budget` caps the whole ledger;
+    `ledger` is a path (default: a new file under `privacy-ledgers/`, printed). `example_inputs` (at least 2
+    examples, as the model takes them) let the numerical probe run at construction; without them it runs on
+    the first losses only. `insecure_seed` makes the run reproducible and *not private*. `mean_losses` is for
+    callers that send back the mean of the losses themselves (the familiar door).
+
+        with PrivateTraining(model, clipper=FlatClipper(1.0), mechanism=GaussianMechanism(0.8),
+                             sampling=poisson(num_records=len(data), batch_size=256)) as private:
+            for batch in private.batches(data, steps=100):
+                for part in batch.split(32):
+                    private.accumulate(losses(model, part))      # shape (B,)
+                private.release()                                # charge, noise, write p.grad
+                optimizer.step()
+
+    Guarantees
+    ----------
+    The sequence of gradients written by `release` is the composition of the charged events under adding or
+    removing one record: each is a mechanism of sensitivity `clipper.sensitivity` on an independent Poisson
+    draw, divided by a public constant (test_guarantee_release_is_the_charged_mechanism). The charge is on
+    disk before the noise is drawn (test_guarantee_charge_is_durable_before_noise). A refused release leaves
+    neither a charge nor a gradient (test_guarantee_refusal_releases_nothing).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        clipper: Clipper,
+        mechanism: Mechanism,
+        sampling: PoissonSampling,
+        budget: Budget | None = None,
+        ledger: str | Path | None = None,
+        accountant_name: str = "prv",
+        unit: str = "one record of the dataset",
+        example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
+        batch_dim: int = 0,
+        mean_losses: bool = False,
+        insecure_seed: int | None = None,
+    ) -> None:
+        refuse_distributed()
+        examine(model, _inputs(example_inputs, model), batch_dim=batch_dim)
+        self.model = model
+        self.mechanism = mechanism
+        self.sampling = sampling
+        self.budget = budget
+        self.unit = unit
+        self.insecure_seed = insecure_seed
+        self.steps = 0
+        self.ledger_path = Path(ledger) if ledger is not None else default_ledger()
+        self.accountant = accountant(accountant_name)
+        self.sum = StepSum(model, clipper, mean=mean_losses, batch_dim=batch_dim)
+        self._ledger: Ledger | None = None
+        self._key = secret_key() if insecure_seed is None else insecure_key(insecure_seed)
+        self._pid = os.getpid()
+        self._max_steps: int | None = None
+        self._drawn = 0
+        self._probed = False
+        self._buffers: dict[str, tuple[int, int]] = {}
+
+    # -- the run ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> PrivateTraining:
+        """Open the ledger, check the budget and start recording."""
+        self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
+        self._ledger = Ledger.open(self.ledger_path, unit=self.unit, relation=RELATION)
+        try:
+            self._max_steps = self._affordable()
+            self._ledger.attempt(self._configuration(), event=self.event)
+            self._buffers = persistent_buffers(self.model)
+            self.sum.tape.attach()
+        except BaseException:
+            self._ledger.close()
+            self._ledger = None
+            raise
+        print(f"dpopt: the privacy ledger of this run is {self.ledger_path}", file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop recording, drop what was not released, close the ledger; no hook or attribute stays behind."""
+        self.sum.tape.detach()
+        self.sum.end()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The open ledger of this run."""
+        if self._ledger is None:
+            raise RuntimeError("expected an open run; got one not entered yet; use it in a `with` statement")
+        return self._ledger
+
+    @property
+    def event(self) -> Event:
+        """What one step costs: from the sampler and the mechanism that run."""
+        return self.sampling.event(self.mechanism.event())
+
+    def bound(self, delta: float) -> Bound:
+        """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
+        return self.accountant.curve(self.ledger.events()).bound(delta)
+
+    def epsilon(self, delta: float) -> float:
+        """Upper bound on epsilon of everything on the ledger so far; infinite without noise."""
+        return self.bound(delta).epsilon
+
+    @property
+    def steps_left(self) -> int | None:
+        """How many more releases the budget affords; None without a budget."""
+        return None if self._max_steps is None else self._max_steps - self.steps
+
+    # -- one step ---------------------------------------------------------------------------------------
+
+    def draw(self, num_records: int) -> list[int]:
+        """Indices of the next batch."""
+        self._drawn += 1
+        return self.sampling.draw(num_records, generator(self._key, "sampling", self._drawn))
+
+    def batches(self, dataset: Records[object] | Sequence[object], *, steps: int) -> Iterator[Batch]:
+        """Draw `steps` batches of `dataset`; release each of them before asking for the next."""
+        self._check_affordable(steps)
+        for _ in range(steps):
+            indices = self.draw(len(dataset))
+            self.sum.begin(len(indices))
+            yield Batch(tuple(dataset[i] for i in indices))
+            if self.sum.num_drawn is not None:
+                raise RuntimeError(
+                    "expected release() on every drawn batch, an empty one included; got the next request before "
+                    "it; skipping a step because of what was drawn would itself tell about the data"
+                )
+
+    def accumulate(self, losses: Tensor) -> None:
+        """Run the backward of per-example losses (B,) and add the clipped gradients to this step.
+
+        Costs nothing and releases nothing; call it for any number of micro-batches.
+        """
+        if losses.dim() != 1:
+            raise ValueError(
+                f"losses must be one number per example, shape (B,); got {tuple(losses.shape)}; pass "
+                'reduction="none" and average over each example\'s own positions only'
+            )
+        if losses.shape[0] == 0:
+            return
+        if losses.shape[0] > 1 and not self._probed:
+            self.sum.probe(losses)
+            self._probed = True
+        self.sum.add(losses)
+
+    def discard(self) -> None:
+        """Drop what this step accumulated, to run the same batch again (after an out-of-memory error, say)."""
+        self.sum.discard()
+
+    def release(self) -> None:
+        """Charge the step, add the noise, write every `.grad`, and end the step.
+
+        Raises `BudgetExhausted` before anything is charged. If the process dies after the charge, the step
+        stays paid for and nothing was released.
+        """
+        self._check_release()
+        self.ledger.charge(self.event, context={"step": self.steps + 1})
+        self.steps += 1
+        try:
+            step = self.steps
+            released = self.mechanism.release(
+                self.sum.clipped(),
+                lambda name, device: generator(self._key, "noise", step, name, device=device),
+            )
+            write_gradients(self.sum.parameters, released, self.sampling.expected_batch_size)
+        finally:
+            self.sum.end()
+
+    def _check_release(self) -> None:
+        if self.sum.num_drawn is None:
+            raise RuntimeError(
+                "expected a batch drawn since the last release; got none; take one from batches(...) first"
+            )
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "expected release() in the process that started the run; got a forked one, which would repeat its "
+                "noise; start a run of its own there"
+            )
+        refuse_changed_parameters(self.sum.parameters, self.model)
+        refuse_changed_buffers(self._buffers, self.model)
+        if self._max_steps is not None and self.steps >= self._max_steps:
+            raise self._exhausted(1)
+
+    def _affordable(self) -> int | None:
+        if self.budget is None:
+            return None
+        spent = self.accountant.curve(self.ledger.events())
+        steps = num_steps(
+            event=self.event,
+            epsilon=self.budget.epsilon,
+            delta=self.budget.delta,
+            accountant=self.accountant.name,
+            spent=spent,
+        )
+        if steps < 1:
+            raise self._exhausted(1)
+        return steps
+
+    def _check_affordable(self, steps: int) -> None:
+        if self._max_steps is not None and self.steps + steps > self._max_steps:
+            raise self._exhausted(steps)
+
+    def _exhausted(self, steps: int) -> BudgetExhausted:
+        assert self.budget is not None
+        left = 0 if self._max_steps is None else self._max_steps - self.steps
+        return BudgetExhausted(
+            f"expected {steps} more step(s) to fit epsilon {self.budget.epsilon:g} at delta {self.budget.delta:g}; "
+            f"got room for {left} after {self.steps} step(s) of this run; raise the noise multiplier, lower the "
+            f"sampling rate, or stop here (nothing was charged; ledger {self.ledger_path})"
+        )
+
+    def _configuration(self) -> dict[str, object]:
+        clipper = self.sum.clipper
+        return {
+            "clipper": type(clipper).__name__,
+            "sensitivity": clipper.sensitivity,
+            "mechanism": type(self.mechanism).__name__,
+            "sampling_rate": self.sampling.sampling_rate,
+            "expected_batch_size": self.sampling.expected_batch_size,
+            "accountant": self.accountant.name,
+            "budget": None if self.budget is None else [self.budget.epsilon, self.budget.delta],
+            "insecure_seed": self.insecure_seed,
+            "torch": torch.__version__,
+        }
