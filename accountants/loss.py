@@ -108,8 +108,9 @@ class Composition:
                 _, estimate, upper = self.law.compute_epsilon(delta - self.noise, delta_error, eps_error)
         except (RuntimeError, ValueError, IndexError, MemoryError):
             return None
-        sound = math.isfinite(upper) and upper >= 0 and upper - eps_error >= estimate - 1e-12
-        return upper if sound else None
+        # An upper end below 0 certifies 0.
+        sound = math.isfinite(upper) and upper >= -0.5 and upper - eps_error >= estimate - 1e-12
+        return max(0.0, upper) if sound else None
 
     def delta(self, epsilon: float, delta_error: float, eps_error: float) -> float | None:
         """Return the certified upper end of delta at `epsilon`; None where it is numerically unsound."""

@@ -200,8 +200,8 @@ def _fourier_epsilon(items: Leaves, delta: float, safe: float) -> float | None:
         half, mesh = _half_width(items, delta_error, error), _mesh(items, delta_error, error)
         composed = compose(steps, half, mesh, delta_error)
         upper = None if composed is None else composed.epsilon(delta, delta_error, error)
-        if upper is None:
-            break
+        if upper is None or upper == 0:
+            return upper if upper == 0 else best
         best = upper if best is None else min(best, upper)
         wanted = _affordable(items, delta_error, RELATIVE_ERROR * max(upper - error, 0.1 * error))
         if wanted > 0.8 * error:

@@ -5,7 +5,7 @@ import math
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from accountants import (
@@ -20,16 +20,24 @@ from accountants import (
 )
 from tests.accountants.reference import COSTLY, DIGITS, ROWS
 
-QUICK = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+# One test function serves several classes, hence the suppressed health check; nothing is stored, nothing shrunk.
+QUICK = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.differing_executors],
+)
 sigmas = st.floats(0.6, 8)
-rates = st.sampled_from([0.001, 0.01, 0.1, 0.5, 1.0])
+rates = st.sampled_from([0.01, 0.1, 0.5, 1.0])
 counts = st.integers(1, 300)
 deltas = st.sampled_from([1e-3, 1e-5, 1e-7])
 
 
 class AccountantConformance:
     rule: ClassVar[Accountant]
-    slack: ClassVar[float] = 1e-9  # relative: how far a numerical method may break monotonicity
+    slack: ClassVar[tuple[float, float]] = (1e-9, 0.0)  # relative, absolute: how far from monotone it may be
 
     def price(self, event, delta=1e-5):
         return self.rule.curve(event).epsilon(delta)
@@ -51,7 +59,7 @@ class AccountantConformance:
         def price(sigma, q, n, delta):
             return self.price(Repeated(PoissonSampled(q, Gaussian(sigma)), n), delta)
 
-        here = price(sigma, q, n, delta) * (1 - self.slack)
+        here = price(sigma, q, n, delta) * (1 - self.slack[0]) - self.slack[1]
         assert price(sigma, q, n + 1 + n // 2, delta) >= here
         assert price(sigma / 1.3, q, n, delta) >= here
         assert price(sigma, min(1.0, q * 1.3), n, delta) >= here
@@ -117,5 +125,5 @@ class AccountantConformance:
             curve.epsilon(math.nan)
         with pytest.raises(ValueError, match="epsilon must be a number >= 0; got -1"):
             curve.delta(-1)
-        with pytest.raises(ValueError, match="count must be an integer >= 0; got 1.5"):
+        with pytest.raises(ValueError, match=r"count must be an integer >= 0; got 1.5"):
             curve * 1.5

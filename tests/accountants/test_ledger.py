@@ -74,7 +74,7 @@ def test_file_is_private_and_named_at_random(path, tmp_path):
         assert one.id != other.id
         assert len(one.id) == 32
     with pytest.raises(
-        ValueError, match="unit of .* must be 'record' to be continued; got 'user'; use another"
+        ValueError, match=r"unit of .* must be 'record' to be continued; got 'user'; use another"
     ):
         Ledger.open(tmp_path / "other")
 
@@ -93,7 +93,7 @@ def test_durable_before_return(path, monkeypatch):
 def test_single_writer(path):
     with Ledger.open(path) as ledger:
         with pytest.raises(
-            LedgerLocked, match="the ledger must have one writer; got a second one .*; wait for"
+            LedgerLocked, match=r"the ledger must have one writer; got a second one .*; wait for"
         ):
             Ledger.open(path)
         code = "import sys; from accountants import Ledger; Ledger.open(sys.argv[1])"
@@ -210,7 +210,7 @@ def test_torn_first_charge_of_unknown_event_is_refused(path):
     Ledger.open(path).close()
     with path.open("ab") as file:
         file.write(b'{"seq":1,"kind":"charge","payl')
-    with pytest.raises(LedgerCorrupt, match="must end in a whole line; got 30 bytes .*; .*by hand"):
+    with pytest.raises(LedgerCorrupt, match=r"must end in a whole line; got 30 bytes .*; .*by hand"):
         Ledger.open(path)
 
 
@@ -223,7 +223,7 @@ def test_disk_full_stops_the_ledger(path, monkeypatch, call):
         ledger.charge(STEP)
         monkeypatch.setattr(os, call, full)
         with pytest.raises(
-            LedgerNotDurable, match="durable before a release; got OSError.*No space.*; release nothing"
+            LedgerNotDurable, match=r"durable before a release; got OSError.*No space.*; release nothing"
         ):
             ledger.charge(STEP)
         monkeypatch.undo()
@@ -281,7 +281,7 @@ def test_tamper_evident(path, line):
 def test_tamper_evident_removed_swapped_or_forged_lines(path):
     _filled(path)
     lines = path.read_bytes().splitlines(keepends=True)
-    for damaged in (lines[:2] + lines[3:], lines[:2] + [lines[3], lines[2]] + lines[4:], lines[1:], []):
+    for damaged in (lines[:2] + lines[3:], [*lines[:2], lines[3], lines[2], *lines[4:]], lines[1:], []):
         path.write_bytes(b"".join(damaged))
         with pytest.raises(LedgerCorrupt, match="unbroken chain"):
             read(path)

@@ -17,7 +17,7 @@ PRV, RDP = accountant("prv"), accountant("rdp")
 
 class TestPRV(AccountantConformance):
     rule = PRV
-    slack = 2e-3
+    slack = (1e-2, 2e-4)  # the error asked for is 2 % of a small epsilon, and 1e-4 at least
 
     def test_is_not_adaptive(self):
         assert not self.rule.adaptive
@@ -31,7 +31,9 @@ def test_tight(number):
         assert bound.method == "rdp"
         return
     assert bound.method == ("closed form" if number in (6, 8, 20) else "prv")
-    assert bound.epsilon <= row.tight * (1 + DIGITS) + (0.011 if bound.method == "prv" else 1e-7)
+    if bound.method == "closed form":
+        assert bound.epsilon == pytest.approx(row.tight, rel=DIGITS)
+    assert bound.epsilon <= row.tight * 1.003 + 0.011
     if bound.epsilon > 0.5 and bound.method == "prv":
         assert bound.epsilon == pytest.approx(row.opacus_prv, rel=1e-3)
 
