@@ -30,14 +30,13 @@ RECORD_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the model is trained; tokens per step are `tokens_per_step` whatever the length of a window."""
+    """One phase of training: `steps` steps of a cosine over `horizon` steps, `tokens_per_step` tokens each."""
 
     vocab_size: int = 2048
-    steps: int = 4400
+    steps: int = 3200
+    horizon: int = 4400
     tokens_per_step: int = 4096
-    short_window: int = 128
-    long_window: int = 256
-    long_share: float = 0.2
+    window: int = 128
     first_prose_share: float = 0.3
     last_prose_share: float = 0.85
     learning_rate: float = 3e-3
@@ -48,16 +47,18 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Return the share of the highest learning rate at a step: linear warm-up, then a cosine to 0."""
-        progress = (step - self.warmup) / (self.steps - self.warmup)
+        progress = (step - self.warmup) / (self.horizon - self.warmup)
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
-
-    def window(self, step: int) -> int:
-        """Return the tokens of one window: short at first, long for the last steps."""
-        return self.long_window if step >= (1 - self.long_share) * self.steps else self.short_window
 
     def prose_share(self, step: int) -> float:
         """Return the share of windows from prose rather than from source code; grows linearly."""
-        return self.first_prose_share + (self.last_prose_share - self.first_prose_share) * step / self.steps
+        return self.first_prose_share + (self.last_prose_share - self.first_prose_share) * step / self.horizon
+
+
+PHASES = (
+    Recipe(),
+    Recipe(steps=240, horizon=240, window=256, first_prose_share=0.85, learning_rate=8e-4, warmup=10, seed=1),
+)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -95,7 +96,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCau
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=recipe.long_window,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.get_vocab()[PAD],
         bos_token_id=tokenizer.get_vocab()[BOS],
@@ -159,7 +160,7 @@ def batches(prose: Tensor, source: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed)
     take_prose, take_source = windows(prose, generator), windows(source, generator)
     for step in range(recipe.steps):
-        length = recipe.window(step)
+        length = recipe.window
         number = recipe.tokens_per_step // length
         from_prose = round(recipe.prose_share(step) * number)
         yield torch.cat([take_prose(from_prose, length + 1), take_source(number - from_prose, length + 1)])
@@ -197,30 +198,28 @@ def save(
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     (folder / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def describe(documents: Sequence[Document], tokens: dict[str, int], recipe: Recipe) -> dict[str, object]:
+def describe(documents: Sequence[Document], tokens: dict[str, int]) -> dict[str, object]:
     """Say where the model comes from, without a name of a machine or of a person."""
     kinds = sorted({document.kind for document in documents})
-    counts = {kind: sum(document.kind == kind for document in documents) for kind in kinds}
     return {
         "text": "Python standard library: docstrings, help() topics, comments, source code; no other text",
         "text_license": "PSF-2.0",
         "made_by": "python -m dpopt.embedded.pretrain",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "documents": counts,
+        "documents": {kind: sum(document.kind == kind for document in documents) for kind in kinds},
         "documents_held_out": sum(document.held_out for document in documents),
         "tokens_of_text": tokens,
-        "tokens_trained": recipe.steps * recipe.tokens_per_step,
-        "recipe": asdict(recipe),
     }
 
 
-def pretrain(folder: Path, recipe: Recipe) -> None:
-    """Make tokenizer, weights and provenance from the standard library of the running Python."""
+def pretrain(folder: Path, phases: Sequence[Recipe], *, resume: bool) -> None:
+    """Make tokenizer, weights and provenance from the standard library; or go on from those in the folder."""
     documents = list(public_documents())
     seen = Fingerprints()
     for document in documents:
@@ -229,38 +228,43 @@ def pretrain(folder: Path, recipe: Recipe) -> None:
     (folder / FINGERPRINTS_FILE).write_bytes(seen.to_bytes())
     kept = [document for document in documents if not document.held_out]
     prose_texts = [document.text for document in kept if document.kind != "source"]
-    tokenizer = train_tokenizer(prose_texts, vocab_size=recipe.vocab_size)
+    tokenizer = train_tokenizer(prose_texts, vocab_size=PHASES[0].vocab_size)
     prose = stream(prose_texts, tokenizer)
     source = stream([document.text for document in kept if document.kind == "source"], tokenizer)
-    provenance = describe(documents, {"prose": len(prose), "source": len(source)}, recipe)
-    public = [document.text for document in documents if document.held_out and document.kind == "docstring"]
-    private = private_records(fingerprints=seen).validation
-    model = new_model(tokenizer, recipe)
-    started = time.monotonic()
+    provenance = describe(documents, {"prose": len(prose), "source": len(source)})
+    measured = {
+        "public_held_out_docstrings": [d.text for d in documents if d.held_out and d.kind == "docstring"],
+        "private_validation_records": private_records(fingerprints=seen).validation,
+    }
+    model = LlamaForCausalLM.from_pretrained(folder) if resume else new_model(tokenizer, phases[0])
+    done = json.loads((folder / "PROVENANCE.json").read_text())["phases"] if resume else []
+    for recipe in phases:
+        started = time.monotonic()
+        train(model, batches(prose, source, recipe), recipe, report)
+        losses = {name: round(record_loss(model, texts, tokenizer), 4) for name, texts in measured.items()}
+        done.append(
+            {"recipe": asdict(recipe), "losses": losses, "seconds": round(time.monotonic() - started)}
+        )
+        print(losses, flush=True)
+        save(model, tokenizer, folder, provenance | {"phases": done})
 
-    def report(step: int, loss: float) -> None:
-        print(f"step {step} loss {loss:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
-        if step % 800 == 0 or step == recipe.steps:
-            losses = {
-                "public_held_out_docstrings": round(record_loss(model, public, tokenizer), 4),
-                "private_validation_records": round(record_loss(model, private, tokenizer), 4),
-            }
-            print(step, losses, flush=True)
-            seconds = round(time.monotonic() - started)
-            save(model, tokenizer, folder, provenance | {"step": step, "losses": losses, "seconds": seconds})
 
-    train(model, batches(prose, source, recipe), recipe, report)
+def report(step: int, loss: float) -> None:
+    """Print the loss of one step."""
+    print(f"step {step} loss {loss:.3f}", flush=True)
 
 
 def main() -> None:
     """Read the command line and pretrain."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--folder", type=Path, default=MODEL_PATH, help="where the model is written")
-    parser.add_argument("--steps", type=int, default=Recipe().steps, help="optimizer steps")
+    parser.add_argument(
+        "--resume", type=int, default=0, help="phases that the model in the folder has behind it"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pretrain(arguments.folder, Recipe(steps=arguments.steps))
+    pretrain(arguments.folder, PHASES[arguments.resume :], resume=arguments.resume > 0)
 
 
 if __name__ == "__main__":

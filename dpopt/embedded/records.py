@@ -4,6 +4,9 @@
 The unit of privacy is one record, and one record is one docstring: neighbouring data sets differ by the presence
 of one docstring. Law: the records are near duplicates neither of each other nor of the public text, and training
 and validation share no module; they depend on the installed source files and on the seed, and on nothing else.
+
+What a privacy guarantee covers is the list of records returned here. Dropping near duplicates and cutting the list
+are done before, on all docstrings, and a docstring that was dropped could have stood in for another one.
 """
 
 from collections.abc import Sequence
