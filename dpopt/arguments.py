@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the familiar door is given, and what of it is refused: rather an error than a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clipping import Clipper, FlatClipper, per_layer, per_parameter
+
+_MODES = ("hooks", "functorch", "ew", "ghost")
+
+
+def check_switches(poisson: bool, mode: str, rand_on_empty: bool, noise_generator: object) -> None:
+    """Refuse switches of Opacus that would weaken the guarantee."""
+    if noise_generator is not None:
+        raise ValueError(
+            "expected noise_generator=None; got a generator, whose seed would undo the noise; for a "
+            "reproducible, insecure run use PrivacyEngine(insecure_seed=...)"
+        )
+    if not poisson:
+        raise ValueError(
+            "expected poisson_sampling=True; got False: shuffled batches are not private at the price of Poisson "
+            "batches (up to 60 times the epsilon); keep True, and bound memory with BatchMemoryManager"
+        )
+    if mode not in _MODES:
+        raise ValueError(f"expected grad_sample_mode in {_MODES}; got {mode!r}; leave it out")
+    if rand_on_empty:
+        raise ValueError(
+            "expected rand_on_empty=False; got True, which adds an example that nobody accounted for; an empty "
+            "batch is a step of noise alone"
+        )
+
+
+def check_reduction(loss_reduction: str, criterion: object) -> None:
+    """Refuse a criterion whose reduction is another than `loss_reduction`, or weighs examples by their batch."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(
+            f'expected loss_reduction "mean" or "sum"; got {loss_reduction!r}; say what your criterion does'
+        )
+    reduction = getattr(criterion, "reduction", loss_reduction)
+    if reduction != loss_reduction:
+        raise ValueError(
+            f"expected a criterion that reduces by the {loss_reduction}, as loss_reduction says; got "
+            f"reduction={reduction!r}, which would scale each example by the size of its batch; make them agree"
+        )
+    if loss_reduction == "mean" and getattr(criterion, "weight", None) is not None:
+        raise ValueError(
+            "expected a criterion whose mean counts each example once; got class weights, whose sum over the batch "
+            'divides every example; use reduction="sum" with loss_reduction="sum"'
+        )
+
+
+def clipper_of(clipping: str, module: nn.Module, max_grad_norm: float | Sequence[float]) -> Clipper:
+    """The clipper that `clipping` and `max_grad_norm` describe."""
+    if clipping == "flat" and isinstance(max_grad_norm, int | float):
+        return FlatClipper(float(max_grad_norm))
+    if clipping == "per_layer":
+        if isinstance(max_grad_norm, int | float):
+            return per_layer(module, float(max_grad_norm))
+        return per_parameter(module, list(max_grad_norm))
+    raise ValueError(
+        f'expected clipping="flat" with one max_grad_norm, or "per_layer"; got {clipping!r} with {max_grad_norm}; '
+        "see the README for what each does"
+    )
+
+
+def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that would train parameters of another module, which get no noise."""
+    owned = {id(p) for p in module.parameters()}
+    foreign = sum(
+        id(p) not in owned for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+    )
+    if foreign:
+        raise ValueError(
+            f"expected an optimizer over the module's own parameters; got {foreign} parameters of something else, "
+            "which would be trained without noise; build the optimizer from module.parameters(), after moving the "
+            "module to its device"
+        )
+
+
+def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse `labels=` of tokens, for which transformers averages over the whole batch."""
+    labels = kwargs.get("labels")
+    if torch.is_grad_enabled() and isinstance(labels, Tensor) and labels.dim() > 1:
+        raise ValueError(
+            f"expected no token labels in the private forward; got labels of shape {tuple(labels.shape)}: the "
+            "model's own loss averages over the tokens of the whole batch, so examples rescale each other; compute "
+            "dpopt.causal_lm_losses(logits, labels).mean() instead"
+        )

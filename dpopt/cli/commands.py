@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dpopt.cli.failures import exit_codes
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables, which may hold records
+    rich_markup_mode="rich",
+    help="Differentially private training: fine-tune a language model, and price what it costs.",
+)
+
+_DATA, _PRIVACY, _TRAINING, _OUTPUT = "Data and model", "Privacy", "Training", "Output"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dpopt {metadata.version('dpopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A name on the Hugging Face Hub or a local folder. (default: the embedded model)",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Training records: .jsonl, .csv or .txt; one record is the unit of privacy. May be repeated. "
+            "(default: docstrings of installed packages)",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Validation records, used only if declared public.", rich_help_panel=_DATA),
+    ] = None,
+    validation_is_public: Annotated[
+        bool,
+        typer.Option(
+            "--validation-is-public",
+            help="Declare the validation records public: their loss is shown and reported.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="The field or column that holds the text. (default: text)", rich_help_panel=_DATA),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="The text made of several fields: '{mr} | {ref}'.", rich_help_panel=_DATA),
+    ] = None,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            help="A prompt put before the text and left out of the loss: '{mr} |'.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut every record at so many tokens. (default: 128, or what the model takes)",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="The budget, for everything on the ledger. (default: 8, without --noise-multiplier)",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            help="The delta of the budget. (default: a power of ten below 1 / number of records)",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    clip_norm: Annotated[
+        float, typer.Option(help="The norm to which each record's gradient is cut.", rich_help_panel=_PRIVACY)
+    ] = 1.0,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise / clip norm. 0 is not private. (default: computed from epsilon)",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    accountant: Annotated[
+        str, typer.Option(help="prv (tight) or rdp (looser).", rich_help_panel=_PRIVACY)
+    ] = "prv",
+    unit: Annotated[
+        str | None,
+        typer.Option(help="What one record is, in words, for the report.", rich_help_panel=_PRIVACY),
+    ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            help="The privacy ledger; one that exists is continued. (default: in --out)",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    insecure_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Repeatable noise and sampling, for tests only: NOT private.", rich_help_panel=_PRIVACY
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, or else --epochs.", rich_help_panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            help="Expected passes over the data. (default: 3; about 1 for the embedded records)",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Expected records a step. (default: 256, at most 1/8 of the records; 512 for the embedded ones)",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    physical_batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Records in memory at a time; it changes no result and no claim.", rich_help_panel=_TRAINING
+        ),
+    ] = 32,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate, falling linearly to 0. (default: 0.001; 0.005 with LoRA; 0.004 for the embedded records)",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.", rich_help_panel=_TRAINING)
+    ] = 0,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between two looks at public validation data. (default: a sixth of the run)",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(help="For adapter and dropout; never for noise or sampling.", rich_help_panel=_TRAINING),
+    ] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.", rich_help_panel=_TRAINING)] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder for model, report and ledger. (default: the first free runs/finetune-NNNN)",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace model and report of an earlier run in --out; its ledger is continued.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a language model so that its weights are differentially private in each training record.
+
+    Without options: the embedded model on docstrings of installed packages, offline, in a few minutes.
+    """
+    errors = Console(stderr=True)
+    with exit_codes(errors):
+        from dpopt.cli.screen import Screen
+        from dpopt.finetune import FinetuneConfig
+        from dpopt.finetune import finetune as run
+
+        config = FinetuneConfig(
+            model=model,
+            train=tuple(train or ()),
+            validation=tuple(validation or ()),
+            validation_is_public=validation_is_public,
+            form=_form(text_field, template, prompt_template),
+            unit=unit,
+            epsilon=epsilon,
+            delta=delta,
+            noise_multiplier=noise_multiplier,
+            accountant=accountant,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            physical_batch_size=physical_batch_size,
+            learning_rate=lr,
+            lora_rank=lora_rank,
+            clip_norm=clip_norm,
+            max_tokens=max_tokens,
+            eval_every=eval_every,
+            seed=seed,
+            insecure_seed=insecure_seed,
+            out=out,
+            ledger=ledger,
+            overwrite=overwrite,
+            device=device,
+        )
+        with Screen(Console(), errors) as screen:
+            result = run(config, listener=screen)
+        screen.finished(result)
+
+
+def _form(text_field: str | None, template: str | None, prompt: str | None):
+    from dpopt.finetune import InputError, RecordFormat, Template
+
+    if text_field is not None and template is not None:
+        raise InputError("expected --text-field or --template; got both; leave one out")
+    if text_field is None and template is None and prompt is None:
+        return None
+    text = Template(template) if template is not None else Template("{" + (text_field or "text") + "}")
+    return RecordFormat(text, None if prompt is None else Template(prompt))
+
+
+_RATE = typer.Option(help="Probability that a record takes part in a step: batch size / number of records.")
+_STEPS = typer.Option(help="Number of steps.")
+_DELTA = typer.Option(help="The delta of the bound; below 1 / number of records.")
+_ACCOUNTANT = typer.Option(help="prv (tight) or rdp (looser).")
+
+
+@app.command()
+def epsilon(
+    noise_multiplier: Annotated[float, typer.Option(help="Noise / clip norm.")],
+    sampling_rate: Annotated[float, _RATE],
+    steps: Annotated[int, _STEPS],
+    delta: Annotated[float, _DELTA],
+    accountant: Annotated[str, _ACCOUNTANT] = "prv",
+) -> None:
+    """Print an upper bound on epsilon of Poisson-sampled Gaussian steps."""
+    with exit_codes(Console(stderr=True)):
+        import dpopt
+        from dpopt.report import rounded_up
+
+        found = dpopt.epsilon(
+            noise_multiplier=noise_multiplier,
+            sampling_rate=sampling_rate,
+            steps=steps,
+            delta=delta,
+            accountant=accountant,
+        )
+        typer.echo(rounded_up(found, 4))
+
+
+@app.command()
+def noise_multiplier(
+    epsilon: Annotated[float, typer.Option(help="The budget.")],
+    sampling_rate: Annotated[float, _RATE],
+    steps: Annotated[int, _STEPS],
+    delta: Annotated[float, _DELTA],
+    accountant: Annotated[str, _ACCOUNTANT] = "prv",
+) -> None:
+    """Print the smallest noise multiplier that keeps Poisson-sampled Gaussian steps within a budget."""
+    with exit_codes(Console(stderr=True)):
+        import dpopt
+        from dpopt.report import rounded_up
+
+        found = dpopt.noise_multiplier(
+            epsilon=epsilon, sampling_rate=sampling_rate, steps=steps, delta=delta, accountant=accountant
+        )
+        typer.echo(rounded_up(found, 4))

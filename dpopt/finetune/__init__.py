@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a causal language model under an (epsilon, delta) budget: `finetune(FinetuneConfig(...))`.
+
+Needs the extra `hf` (transformers, peft, typer, rich, matplotlib).
+"""
+
+from dpopt.budget import BudgetExhausted
+from dpopt.finetune.config import FinetuneConfig
+from dpopt.finetune.listener import Listener, StepSeen
+from dpopt.finetune.plan import RunPlan
+from dpopt.finetune.run import FinetuneResult, finetune
+from dpopt.finetune.saving import NotSaved
+from dpopt.records import InputError, RecordFormat, Template
+
+__all__ = [
+    "BudgetExhausted",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "InputError",
+    "Listener",
+    "NotSaved",
+    "RecordFormat",
+    "RunPlan",
+    "StepSeen",
+    "Template",
+    "finetune",
+]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fine-tuning run is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from accountants.registry import ACCOUNTANTS
+from dpopt.records import InputError, RecordFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """What `finetune` is asked for. None stands for a default that depends on the data; all of it is public.
+
+    `model` is a folder or a name on the Hugging Face Hub (None: the embedded model); `train` are files of
+    records (none: the embedded private docstrings); `lora_rank` 0 trains all weights. With a `noise_multiplier`
+    and no `epsilon` there is no budget, only a price; a noise multiplier of 0 makes the run *not private*.
+    """
+
+    model: str | None = None
+    train: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
+    validation_is_public: bool = False
+    form: RecordFormat | None = None
+    unit: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    accountant: str = "prv"
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    physical_batch_size: int = 32
+    learning_rate: float | None = None
+    lora_rank: int = 0
+    clip_norm: float = 1.0
+    max_tokens: int | None = None
+    eval_every: int | None = None
+    seed: int = 0
+    insecure_seed: int | None = None
+    out: Path | None = None
+    ledger: Path | None = None
+    overwrite: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        _check_privacy(self)
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("expected steps or epochs; got both; leave one out")
+        if self.validation and not self.train:
+            raise InputError(
+                "expected training files beside validation files; got none; pass --train, or leave --validation "
+                "out to use the embedded records"
+            )
+        if self.validation_is_public and not self.validation:
+            raise InputError("expected validation files to declare public; got none; pass --validation")
+        if self.form is not None and not self.train:
+            raise InputError("expected training files to take fields from; got none; pass --train")
+
+
+def _check_counts(config: FinetuneConfig) -> None:
+    numbers = {
+        "steps": config.steps,
+        "epochs": config.epochs,
+        "batch size": config.batch_size,
+        "physical batch size": config.physical_batch_size,
+        "learning rate": config.learning_rate,
+        "clip norm": config.clip_norm,
+        "evaluation interval": config.eval_every,
+    }
+    for name, value in numbers.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"expected a {name} above 0; got {value}; pass a positive number")
+    if config.lora_rank < 0:
+        raise InputError(f"expected a LoRA rank >= 0; got {config.lora_rank}; 0 trains all weights")
+    if config.max_tokens is not None and config.max_tokens < 2:
+        raise InputError(f"expected at least 2 tokens a record; got {config.max_tokens}; 128 is usual")
+
+
+def _check_privacy(config: FinetuneConfig) -> None:
+    epsilon, delta, noise = config.epsilon, config.delta, config.noise_multiplier
+    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+        raise InputError(
+            f"expected a finite epsilon > 0; got {epsilon}; for a run without privacy, to compare with, pass "
+            "--noise-multiplier 0 and no --epsilon"
+        )
+    if delta is not None and not 0 < delta < 1:
+        raise InputError(f"expected 0 < delta < 1; got {delta}; choose it below 1 / number of records")
+    if noise is not None and not (math.isfinite(noise) and noise >= 0):
+        raise InputError(f"expected a finite noise multiplier >= 0; got {noise}; leave it out to compute it")
+    if config.accountant not in ACCOUNTANTS:
+        raise InputError(
+            f"expected an accountant out of {sorted(ACCOUNTANTS)}; got {config.accountant!r}; prv is tight"
+        )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a plan and what came of it to a report."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+from accountants import Bound
+from dpopt.finetune.listener import StepSeen
+from dpopt.finetune.plan import RunPlan
+from dpopt.report import Report
+
+RELATION = "they differ by adding or removing one record"
+SAMPLER = "Poisson: every record takes part in every step independently, with the probability below"
+ACCOUNTANTS = {"prv": "PRV (Fourier, upper end of its error band)", "rdp": "RDP (Renyi orders)"}
+_PACKAGES = (
+    "dpopt",
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "prv-accountant",
+)
+_SECRET = (
+    "keyed by 256 secret bits of the operating system, a stream of its own for each draw and each tensor"
+)
+_FLOATING_POINT = (
+    "Noise is drawn as float32 from fast statistical generators, and the mathematics is that of real numbers: "
+    "attacks on rounding or on the generator are not covered."
+)
+_SCOPE = (
+    "the trained weights, and all versions of them during the run; the number of records counts as public"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a run; all of it public. `stopped` names what ended it early."""
+
+    steps: int
+    bound: Bound
+    ledger_id: str
+    ledger_head: str
+    num_charges: int
+    history: tuple[StepSeen, ...]
+    seconds: float
+    stopped: str | None
+
+
+def build_report(plan: RunPlan, outcome: Outcome) -> Report:
+    """The report of a run."""
+    privacy = plan.privacy
+    losses = [seen.loss for seen in outcome.history if seen.loss is not None]
+    ended = outcome.stopped is None
+    return Report(
+        title=f"Private fine-tuning of {plan.model}",
+        unit=plan.unit,
+        neighbouring_relation=RELATION,
+        epsilon=outcome.bound.epsilon,
+        delta=outcome.bound.delta,
+        epsilon_method=outcome.bound.method,
+        assumptions=outcome.bound.assumptions,
+        accountant=ACCOUNTANTS.get(privacy.accountant, privacy.accountant.upper()),
+        budget=privacy.budget,
+        sampler=SAMPLER,
+        sampling_rate=privacy.sampling_rate,
+        expected_batch_size=float(privacy.batch_size),
+        steps=outcome.steps,
+        steps_planned=privacy.steps,
+        stopped=outcome.stopped,
+        noise_multiplier=privacy.noise_multiplier,
+        clip_norm=plan.clip_norm,
+        dtype="float32",
+        device=plan.device,
+        randomness=_SECRET if plan.insecure_seed is None else "a public seed: not private",
+        insecure_seed=plan.insecure_seed,
+        floating_point=_FLOATING_POINT,
+        scope=_SCOPE,
+        limitations=_limitations(plan, outcome),
+        num_records=privacy.num_records,
+        data=plan.corpus,
+        validation=plan.validation_note,
+        num_validation=plan.public_validation,
+        loss_before=losses[0] if losses else None,
+        loss_after=losses[-1] if losses and ended else None,
+        model=plan.model,
+        tuning=f"LoRA adapters of rank {plan.lora_rank}" if plan.lora_rank else "all weights",
+        saved_as="adapter" if plan.lora_rank else "model",
+        num_parameters=plan.num_parameters,
+        num_trainable=plan.num_trainable,
+        learning_rate=plan.learning_rate,
+        physical_batch_size=plan.physical_batch_size,
+        max_tokens=plan.max_tokens,
+        model_seed=plan.seed,
+        seconds=outcome.seconds,
+        ledger=str(plan.ledger),
+        ledger_id=outcome.ledger_id,
+        ledger_head=outcome.ledger_head,
+        ledger_charges=outcome.num_charges,
+        ledger_charges_before=privacy.num_spent,
+        versions=versions(),
+        curve=tuple((seen.step, seen.epsilon, seen.loss) for seen in outcome.history),
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that take part."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _limitations(plan: RunPlan, outcome: Outcome) -> tuple[str, ...]:
+    privacy = plan.privacy
+    always = (
+        "Text that stands in several records: k records that belong together are protected k times more weakly.",
+        "The data that the base model was pretrained on, and its tokenizer.",
+        "Other runs on the same data with a ledger of their own: give all of them one ledger (--ledger) to have them "
+        "counted together, runs to choose settings included.",
+    )
+    said = []
+    if plan.insecure_seed is not None:
+        said.append("Anything: the randomness of this run came from a public seed.")
+    if privacy.delta >= 1 / privacy.num_records:
+        said.append(
+            f"Delta {privacy.delta:g} is not below 1 / number of records: such a delta allows to publish a record."
+        )
+    if privacy.num_spent:
+        said.append(
+            f"The ledger held {privacy.num_spent} charges before. The sum assumes that this run was not designed "
+            "after looking at what they released."
+        )
+    if outcome.stopped is not None:
+        said.append(
+            "The run was stopped early. If somebody stopped it because of what it had shown, the epsilon that holds "
+            f"is that of all planned steps: {privacy.epsilon:.3f}."
+        )
+    return (*said, *always)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run made ready: every input read and checked, every public number settled, nothing written yet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dpopt.finetune.config import FinetuneConfig
+from dpopt.finetune.corpus import Corpus, load_corpus
+from dpopt.finetune.language_model import Tokens, encode, load, longest, with_adapter
+from dpopt.finetune.listener import Listener
+from dpopt.finetune.privacy_plan import PrivacyPlan, plan_privacy
+from dpopt.records import InputError
+
+LEDGER_NAME = "privacy.ledger.jsonl"
+DEFAULT_OUTS = Path("runs")
+DEFAULT_EPOCHS = 3.0
+DEFAULT_BATCH_SIZE = 256
+LORA_LEARNING_RATE = 5e-3
+LEARNING_RATE = 1e-3
+# Of the embedded private records, so that a run takes minutes on two cores.
+EMBEDDED_STEPS = 30
+EMBEDDED_BATCH_SIZE = 512
+EMBEDDED_LEARNING_RATE = 4e-3
+DEFAULT_MAX_TOKENS = 128
+NUM_EVALUATIONS = 6
+_OURS = (LEDGER_NAME, "report.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Everything that is settled and shown before the first step; all of it public."""
+
+    model: str
+    corpus: str
+    unit: str
+    privacy: PrivacyPlan
+    delta_chosen: bool
+    clip_norm: float
+    learning_rate: float
+    physical_batch_size: int
+    max_tokens: int
+    lora_rank: int
+    num_parameters: int
+    num_trainable: int
+    public_validation: int
+    validation_note: str
+    eval_every: int
+    seed: int
+    insecure_seed: int | None
+    device: str
+    out: Path
+    ledger: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, and what it works with: the model on its device, and the records as tokens (the training ones secret)."""
+
+    plan: RunPlan
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Tokens]
+    validation: list[Tokens]
+    device: torch.device
+
+
+def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
+    """Read and check every input and settle every number; writes nothing.
+
+    Raises:
+        InputError: an input cannot be used.
+        BudgetExhausted: the budget cannot be met.
+    """
+    out = _free_out(config)
+    listener.stage("reading the records")
+    corpus = load_corpus(
+        config.train, config.validation, config.validation_is_public, config.form, config.unit
+    )
+    listener.stage("computing the noise")
+    privacy = _privacy(config, corpus, config.ledger or out / LEDGER_NAME)
+    listener.stage("loading the model")
+    name, model, tokenizer = _model(config)
+    max_tokens = _max_tokens(config, model)
+    device = _device(config.device)
+    listener.stage("tokenising")
+    train = encode(corpus.train, tokenizer, max_tokens=max_tokens)
+    validation = encode(corpus.validation, tokenizer, max_tokens=max_tokens)
+    plan = RunPlan(
+        model=name,
+        corpus=corpus.description,
+        unit=corpus.unit,
+        privacy=privacy,
+        delta_chosen=config.delta is None,
+        clip_norm=config.clip_norm,
+        learning_rate=config.learning_rate or _learning_rate(config.lora_rank, embedded=corpus.embedded),
+        physical_batch_size=config.physical_batch_size,
+        max_tokens=max_tokens,
+        lora_rank=config.lora_rank,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        public_validation=len(validation),
+        validation_note=corpus.validation_note,
+        eval_every=config.eval_every or max(1, math.ceil(privacy.steps / NUM_EVALUATIONS)),
+        seed=config.seed,
+        insecure_seed=config.insecure_seed,
+        device=str(device),
+        out=out,
+        ledger=config.ledger or out / LEDGER_NAME,
+    )
+    return Prepared(plan, model.to(device), tokenizer, train, validation, device)
+
+
+def _free_out(config: FinetuneConfig) -> Path:
+    if config.out is None:
+        number = 1
+        while (out := DEFAULT_OUTS / f"finetune-{number:04d}").exists():
+            number += 1
+        return out
+    out = config.out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"expected a folder or a free name as --out; got the file {out}; choose another")
+    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
+        raise InputError(
+            f"expected an empty or new folder as --out; got {out} with files in it; choose another, or pass "
+            "--overwrite to replace its model and report (its privacy ledger is never replaced, but continued)"
+        )
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in _OURS):
+        raise InputError(
+            f"expected a folder that dpopt made as --out to --overwrite; got {out} without {' or '.join(_OURS)}; "
+            "choose another"
+        )
+    return out
+
+
+def _model(config: FinetuneConfig) -> tuple[str, nn.Module, PreTrainedTokenizerBase]:
+    torch.manual_seed(config.seed)
+    if config.model is None:
+        from dpopt.embedded import model_path
+
+        name, (model, tokenizer) = "the embedded model", load(str(model_path()))
+    else:
+        name, (model, tokenizer) = config.model, load(config.model)
+    model = with_adapter(model, config.lora_rank) if config.lora_rank else model
+    return name, model.train(), tokenizer
+
+
+def _max_tokens(config: FinetuneConfig, model: nn.Module) -> int:
+    most = longest(model)
+    if config.max_tokens is not None and most is not None and config.max_tokens > most:
+        raise InputError(
+            f"expected at most {most} tokens a record, which is what the model takes; got {config.max_tokens}; lower "
+            "--max-tokens"
+        )
+    return config.max_tokens or min(DEFAULT_MAX_TOKENS, most or DEFAULT_MAX_TOKENS)
+
+
+def _privacy(config: FinetuneConfig, corpus: Corpus, ledger: Path) -> PrivacyPlan:
+    number = len(corpus.train)
+    usual = EMBEDDED_BATCH_SIZE if corpus.embedded else min(DEFAULT_BATCH_SIZE, max(1, number // 8))
+    batch_size = config.batch_size or usual
+    if batch_size > number:
+        raise InputError(
+            f"expected a batch size of at most {number}, the number of records; got {batch_size}; lower it"
+        )
+    steps = config.steps
+    if steps is None and config.epochs is None and corpus.embedded:
+        steps = EMBEDDED_STEPS
+    steps = steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * number / batch_size))
+    try:
+        return plan_privacy(
+            num_records=number,
+            batch_size=batch_size,
+            steps=steps,
+            epsilon=config.epsilon,
+            delta=config.delta,
+            noise_multiplier=config.noise_multiplier,
+            accountant_name=config.accountant,
+            ledger=ledger,
+        )
+    except IsADirectoryError as error:
+        raise InputError(f"expected a file as --ledger; got the folder {ledger}; name a file") from error
+
+
+def _learning_rate(lora_rank: int, *, embedded: bool) -> float:
+    if lora_rank:
+        return LORA_LEARNING_RATE
+    return EMBEDDED_LEARNING_RATE if embedded else LEARNING_RATE
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"expected a device that torch has here; got {name!r}; pass cpu, cuda or auto"
+        ) from error

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fine-tuning run will claim, settled before it starts: the budget, the noise and the price of every step.
+
+The law of this file: everything here is public, and is fixed before the first record is looked at, but for the
+number of records, which counts as public.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from accountants import Composed, Gaussian, PoissonSampled, Repeated, accountant, charged, read
+from accountants.calibrate import noise_multiplier as smallest_noise
+from dpopt.budget import BudgetExhausted
+
+DEFAULT_EPSILON = 8.0
+_PRICED_POINTS = 24
+_TOLERANCE = 0.002
+_LARGEST_NOISE = 1e4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyPlan:
+    """The private side of a run: what each step is, how many there are, and what all of them cost.
+
+    `epsilon` bounds everything on the ledger once the run has ended; `budget` is the cap that the ledger is held
+    to, None without one; `spent` is what the ledger held before.
+    """
+
+    num_records: int
+    batch_size: int
+    steps: int
+    delta: float
+    noise_multiplier: float
+    accountant: str
+    budget: float | None
+    epsilon: float
+    spent: Composed
+
+    @property
+    def sampling_rate(self) -> float:
+        """The probability with which a record takes part in a step."""
+        return self.batch_size / self.num_records
+
+    @property
+    def num_spent(self) -> int:
+        """How many charges the ledger held before."""
+        return sum(event.count for event in self.spent.events if isinstance(event, Repeated))
+
+    def prices(self) -> Callable[[int], float]:
+        """A function from a number of steps to an upper bound on epsilon after them.
+
+        It prices some of the numbers only, and answers with the next one priced: always from above.
+        """
+
+        @cache
+        def price(steps: int) -> float:
+            return _price(self.spent, self.accountant, self.sampling_rate, self.noise_multiplier, steps)(
+                self.delta
+            )
+
+        stride = max(1, math.ceil(self.steps / _PRICED_POINTS))
+        return lambda step: price(min(self.steps, math.ceil(step / stride) * stride))
+
+
+def default_delta(num_records: int) -> float:
+    """The largest power of ten at most half of 1 / num_records."""
+    return float(f"1e{math.floor(math.log10(1 / (2 * num_records)))}")
+
+
+def plan_privacy(
+    *,
+    num_records: int,
+    batch_size: int,
+    steps: int,
+    epsilon: float | None,
+    delta: float | None,
+    noise_multiplier: float | None,
+    accountant_name: str,
+    ledger: Path,
+) -> PrivacyPlan:
+    """Settle the noise for a budget, or the price of a noise, on top of what `ledger` holds already.
+
+    Without `noise_multiplier`, the smallest noise is taken that keeps the whole ledger within `epsilon`.
+
+    Raises:
+        BudgetExhausted: no noise, or not the noise given, keeps the run within the budget.
+    """
+    delta = default_delta(num_records) if delta is None else delta
+    spent = charged(read(ledger).records) if ledger.exists() else Composed(())
+    rate = batch_size / num_records
+    budget = DEFAULT_EPSILON if epsilon is None and noise_multiplier is None else epsilon
+    if noise_multiplier is None:
+        assert budget is not None
+        noise_multiplier = _noise(spent, accountant_name, rate, steps, budget, delta, ledger)
+        _refuse_drowned(noise_multiplier, batch_size, budget)
+    found = _price(spent, accountant_name, rate, noise_multiplier, steps)(delta)
+    if budget is not None and found > budget:
+        raise BudgetExhausted(
+            f"expected {steps} steps at noise multiplier {noise_multiplier:g} to fit epsilon {budget:g} at delta "
+            f"{delta:g}; got epsilon {found:.3g}; raise the noise or epsilon, take fewer steps or smaller batches, "
+            "or leave --noise-multiplier out to have it computed (nothing was charged)"
+        )
+    return PrivacyPlan(
+        num_records=num_records,
+        batch_size=batch_size,
+        steps=steps,
+        delta=delta,
+        noise_multiplier=noise_multiplier,
+        accountant=accountant_name,
+        budget=budget,
+        epsilon=found,
+        spent=spent,
+    )
+
+
+def _refuse_drowned(noise: float, batch_size: int, budget: float) -> None:
+    # The sum of a batch has at most the norm batch size * clip norm, were all its gradients to agree.
+    if noise > batch_size:
+        raise BudgetExhausted(
+            f"expected a budget that leaves a signal; got epsilon {budget:g}, whose noise is {noise:.3g} clip norms in "
+            f"every coordinate, more than all {batch_size} records of a batch together; raise epsilon, take fewer "
+            "steps, or find more records (nothing was charged)"
+        )
+
+
+def _price(spent: Composed, name: str, rate: float, noise: float, steps: int) -> Callable[[float], float]:
+    step = PoissonSampled(rate, Gaussian(noise))
+    events = (*spent.events, Repeated(step, steps)) if steps else spent.events
+    return accountant(name).curve(Composed(events)).epsilon
+
+
+def _noise(
+    spent: Composed, name: str, rate: float, steps: int, budget: float, delta: float, ledger: Path
+) -> float:
+    before = accountant(name).curve(spent).epsilon(delta)
+    if spent.events and before >= budget:
+        raise BudgetExhausted(
+            f"expected room within epsilon {budget:g} at delta {delta:g}; got {before:.3g} spent already on the "
+            f"ledger {ledger}; raise --epsilon if the promise to the people in the data allows it (nothing was "
+            "charged)"
+        )
+    try:
+        alone = smallest_noise(epsilon=budget, delta=delta, sampling_rate=rate, steps=steps, accountant=name)
+        return alone if not spent.events else _noise_beside(spent, name, rate, steps, budget, delta, alone)
+    except ValueError as error:
+        raise BudgetExhausted(f"{error} (nothing was charged)") from error
+
+
+def _noise_beside(
+    spent: Composed, name: str, rate: float, steps: int, budget: float, delta: float, low: float
+) -> float:
+    high = low
+    while _price(spent, name, rate, high, steps)(delta) > budget:
+        low, high = high, 2 * high
+        if high > _LARGEST_NOISE:
+            raise ValueError(
+                f"expected the rest of epsilon {budget:g} to pay for {steps} steps; got too little beside what the "
+                "ledger holds; raise epsilon or take fewer steps"
+            )
+    while high - low > _TOLERANCE * high:
+        middle = math.sqrt(low * high)
+        low, high = (
+            (low, middle) if _price(spent, name, rate, middle, steps)(delta) <= budget else (middle, high)
+        )
+    return high

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a causal language model under an (epsilon, delta) budget.
+
+The law of this file: what leaves the training loop is public: steps, seconds, prices, and losses on data that
+somebody declared public. Losses of private records, sizes of drawn batches and numbers of tokens never leave it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from clipping import FlatClipper
+from dpopt.budget import Budget
+from dpopt.finetune.config import FinetuneConfig
+from dpopt.finetune.evaluation import mean_loss
+from dpopt.finetune.language_model import collate, logits, padding
+from dpopt.finetune.listener import Listener, Silence, StepSeen
+from dpopt.finetune.outcome import Outcome, build_report
+from dpopt.finetune.plan import Prepared, prepare
+from dpopt.finetune.saving import NotSaved, check_room, save_all
+from dpopt.losses import causal_lm_losses
+from dpopt.mechanisms import GaussianMechanism
+from dpopt.report import Report
+from dpopt.sampling import poisson
+from dpopt.training import Batch, PrivateTraining
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """A finished run: the tuned model in memory, and where it and its report were written."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    report: Report
+    saved_as: Path
+    out: Path
+
+
+@dataclass(slots=True)
+class _Run:
+    """What a run works with, and what was shown of it so far."""
+
+    prepared: Prepared
+    listener: Listener
+    history: list[StepSeen] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+
+def finetune(config: FinetuneConfig, *, listener: Listener | None = None) -> FinetuneResult:
+    """Fine-tune a language model so that its weights are differentially private in each training record.
+
+    Writes `<out>/model` (or `<out>/adapter`), `report.json`, `report.md`, `report.html`, `curves.png` and the
+    privacy ledger. A run that is stopped after its first step saves and reports what it has before the error
+    goes on.
+
+    Raises:
+        InputError: an input cannot be used; nothing was written.
+        BudgetExhausted: the budget cannot be met; nothing was charged.
+        NotSaved: the model or its report could not be written to `out`; the message says what stands where.
+
+    Guarantees
+    ----------
+    The released weights are a function of the gradients that `PrivateTraining` released, which compose to the
+    events on the ledger (its Guarantees), and of public numbers. Each record's loss is divided by that record's
+    own tokens (test_guarantee_a_records_loss_does_not_depend_on_its_batch).
+    """
+    run = _Run(prepare(config, listener or Silence()), listener or Silence())
+    prepared, plan = run.prepared, run.prepared.plan
+    private = _private(prepared)
+    check_room(prepared.model, plan.out)
+    run.listener.planned(plan)
+    failure: BaseException | None = None
+    with private:
+        try:
+            _train(run, private)
+        except BaseException as error:
+            if private.steps == 0:
+                raise
+            failure = error
+        report = build_report(plan, _outcome(run, private, failure))
+        run.listener.stage("saving")
+        try:
+            saved_as = save_all(prepared, report)
+        except NotSaved as error:
+            if failure is not None:
+                error.add_note(
+                    f"the run had stopped after {report.steps} of {report.steps_planned} steps: {failure}"
+                )
+            raise
+    if failure is not None:
+        failure.add_note(
+            f"the weights after {report.steps} steps are in {saved_as}, with their report beside them"
+        )
+        raise failure
+    return FinetuneResult(prepared.model, prepared.tokenizer, report, saved_as, plan.out)
+
+
+def _private(prepared: Prepared) -> PrivateTraining:
+    plan, privacy = prepared.plan, prepared.plan.privacy
+    # Public tokens: the probe asks whether the model keeps examples apart.
+    tokens = torch.arange(16, device=prepared.device).view(2, 8)
+    return PrivateTraining(
+        prepared.model,
+        clipper=FlatClipper(plan.clip_norm),
+        mechanism=GaussianMechanism(privacy.noise_multiplier),
+        sampling=poisson(num_records=privacy.num_records, batch_size=privacy.batch_size),
+        budget=None if privacy.budget is None else Budget(privacy.budget, privacy.delta),
+        ledger=plan.ledger,
+        accountant_name=privacy.accountant,
+        unit=plan.unit,
+        example_inputs={"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False},
+        insecure_seed=plan.insecure_seed,
+    )
+
+
+def _train(run: _Run, private: PrivateTraining) -> None:
+    prepared, plan = run.prepared, run.prepared.plan
+    steps, price = plan.privacy.steps, plan.privacy.prices()
+    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    _show(run, 0, price(0), evaluate=True)
+    for step, batch in enumerate(private.batches(prepared.train, steps=steps), start=1):
+        _accumulate(prepared, private, batch)
+        private.release()
+        optimizer.step()
+        schedule.step()
+        _show(run, step, price(step), evaluate=step % plan.eval_every == 0 or step == steps)
+
+
+def _accumulate(prepared: Prepared, private: PrivateTraining, batch: Batch) -> None:
+    # Records of similar length share a physical batch: it saves padding and changes no clipped gradient.
+    by_length = Batch(tuple(sorted(batch.examples, key=lambda example: len(example.ids))))  # pyright: ignore[reportAttributeAccessIssue]
+    for part in by_length.split(prepared.plan.physical_batch_size):
+        tokens = collate(part, pad=padding(prepared.tokenizer), device=prepared.device)
+        private.accumulate(causal_lm_losses(logits(prepared.model, tokens), tokens.labels))
+
+
+def _show(run: _Run, step: int, epsilon: float, *, evaluate: bool) -> None:
+    prepared, loss = run.prepared, None
+    if evaluate and prepared.validation:
+        loss = mean_loss(
+            prepared.model,
+            prepared.validation,
+            batch_size=prepared.plan.physical_batch_size,
+            pad=padding(prepared.tokenizer),
+            device=prepared.device,
+        )
+    seen = StepSeen(step, epsilon, loss, time.monotonic() - run.started)
+    run.history.append(seen)
+    run.listener.stepped(seen)
+
+
+def _outcome(run: _Run, private: PrivateTraining, failure: BaseException | None) -> Outcome:
+    return Outcome(
+        steps=private.steps,
+        bound=private.bound(run.prepared.plan.privacy.delta),
+        ledger_id=private.ledger.id,
+        ledger_head=private.ledger.head,
+        num_charges=private.ledger.num_charges,
+        history=tuple(run.history),
+        seconds=time.monotonic() - run.started,
+        stopped=None if failure is None else type(failure).__name__,
+    )
