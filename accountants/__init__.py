@@ -8,6 +8,7 @@
 """
 
 from accountants import calibrate
+from accountants.best import AdaptiveSchedule, best
 from accountants.curve import Accountant, Bound, Curve
 from accountants.events import (
     Composed,
@@ -22,16 +23,20 @@ from accountants.events import (
     leaves,
     to_dict,
 )
+from accountants.filter import BudgetExhausted, Filter, budget_filter, choose_order
 from accountants.ledger import Ledger, LedgerLocked, LedgerNotDurable
 from accountants.records import History, LedgerCorrupt, Record, charged, read, verify
 from accountants.registry import accountant
 
 __all__ = [
     "Accountant",
+    "AdaptiveSchedule",
     "Bound",
+    "BudgetExhausted",
     "Composed",
     "Curve",
     "Event",
+    "Filter",
     "Gaussian",
     "History",
     "Leaf",
@@ -45,8 +50,11 @@ __all__ = [
     "Repeated",
     "UnpricedEvent",
     "accountant",
+    "best",
+    "budget_filter",
     "calibrate",
     "charged",
+    "choose_order",
     "from_dict",
     "leaves",
     "read",

@@ -58,6 +58,7 @@ class Ledger:
     """
 
     __slots__ = (
+        "_attempts",
         "_counts",
         "_declared",
         "_failed",
@@ -72,9 +73,9 @@ class Ledger:
 
     def __init__(self, path: Path, fd: int, records: tuple[Record, ...]) -> None:
         self._path, self._fd, self._pid = path, fd, os.getpid()
-        self._mutex = threading.Lock()
-        self._failed = ""
+        self._mutex, self._failed = threading.Lock(), ""
         self._counts: Counter[Event] = Counter()
+        self._attempts: list[Mapping[str, object]] = []
         self._declared: set[Event] = set()
         self._hashes: set[str] = set()
         self._header = records[0]
@@ -165,8 +166,7 @@ class Ledger:
 
     def attempt(self, config: Mapping[str, object], *, event: Event | None = None) -> Record:
         """Append the start (or resumption) of a run: its public configuration, and the event it will charge."""
-        declared = None if event is None else to_dict(event)
-        return self._append("attempt", {"config": dict(config), "event": declared})
+        return self._append("attempt", {"config": dict(config), "event": event and to_dict(event)})
 
     def note(self, text: str, *, context: Mapping[str, Scalar] | None = None) -> Record:
         """Append a remark that costs nothing, e.g. that a checkpoint was written."""
@@ -175,6 +175,11 @@ class Ledger:
     def events(self) -> Composed:
         """Return everything charged so far as one event, equal charges merged; price it with an accountant."""
         return Composed(tuple(Repeated(event, count) for event, count in self._counts.items()))
+
+    @property
+    def attempts(self) -> tuple[Mapping[str, object], ...]:
+        """The public configurations of all attempts, in order."""
+        return (*self._attempts,)
 
     @property
     def id(self) -> str:
@@ -244,6 +249,8 @@ class Ledger:
     def _note_in_memory(self, record: Record) -> None:
         self._last = record
         self._hashes.add(record.hash)
+        if record.kind == "attempt" and isinstance(config := record.payload.get("config"), Mapping):
+            self._attempts.append(config)
         event = event_of(record)
         if event is not None and record.kind == "charge":
             self._counts[event] += 1

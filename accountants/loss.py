@@ -44,25 +44,26 @@ class _Truncated:
     def probability(self, left: Array, right: Array) -> Array:
         """Return the mass of the contiguous cells [left, right]."""
         edges = np.clip(np.append(left, right[-1]).astype(np.float64), self.low, self.high)
-        return _masses(self.step, _position(self.step, edges)) / self._mass()
+        return _masses(self.step, position(self.step, edges)) / self._mass()
 
     def mean(self) -> float:
         """Return the mean to about 1e-16, by Gauss-Legendre panels of half the width of a feature."""
         s = self.step.noise_multiplier
-        ends = _position(self.step, np.array([self.low, self.high]))
+        ends = position(self.step, np.array([self.low, self.high]))
         start, stop = max(ends[0], -14 * s), min(ends[1], 1 + 14 * s)
         panels = int(min(200_000, math.ceil((stop - start) / (min(s, s * s) / 2)) + 1))
         borders = np.linspace(start, stop, panels + 1)
         half = np.diff(borders) / 2
         x = ((borders[1:] + borders[:-1]) / 2)[:, None] + half[:, None] * _NODES
         weights = half[:, None] * _WEIGHTS * _density(self.step, x)
-        return float(np.sum(weights * _loss(self.step, x))) / self._mass()
+        return float(np.sum(weights * loss(self.step, x))) / self._mass()
 
     def _mass(self) -> float:
-        return float(np.sum(_masses(self.step, _position(self.step, np.array([self.low, self.high])))))
+        return float(np.sum(_masses(self.step, position(self.step, np.array([self.low, self.high])))))
 
 
-def _loss(step: Step, x: Array) -> Array:
+def loss(step: Step, x: Array) -> Array:
+    """Return the loss at the outputs x."""
     s, q = step.noise_multiplier, step.sampling_rate
     y = (x - 0.5) / s / s
     if q == 1:
@@ -71,12 +72,12 @@ def _loss(step: Step, x: Array) -> Array:
     return np.where(y < 1, small, np.logaddexp(math.log1p(-q), math.log(q) + y))
 
 
-def _position(step: Step, loss: Array) -> Array:
+def position(step: Step, losses: Array) -> Array:
     """Invert the loss: the x at which it is reached, -inf below its infimum log(1 - q)."""
     s, q = step.noise_multiplier, step.sampling_rate
-    near = np.log(np.maximum(np.expm1(np.minimum(loss, 1.0)) + q, 0.0))
-    far = np.maximum(loss, 1.0)
-    y = np.where(loss < 1, near, far + np.log1p(-(1 - q) * np.exp(-far))) - math.log(q)
+    near = np.log(np.maximum(np.expm1(np.minimum(losses, 1.0)) + q, 0.0))
+    far = np.maximum(losses, 1.0)
+    y = np.where(losses < 1, near, far + np.log1p(-(1 - q) * np.exp(-far))) - math.log(q)
     return s * s * y + 0.5
 
 
@@ -163,7 +164,7 @@ def _convolve(
     size, middle = len(domain), len(domain) // 2
     product: NDArray[np.complexfloating] = np.ones(1, dtype=np.complex128)
     for law, count in laws:
-        product = product * _power(np.asarray(rfft(np.roll(law.pmf.astype(kind), -middle))), count)
+        product = product * power(np.asarray(rfft(np.roll(law.pmf.astype(kind), -middle))), count)
     masses = np.roll(np.asarray(irfft(product, n=size)), middle)
     # True masses are >= 0, so the negative ones show the rounding errors: their sum counts the coherent
     # part, 8 sqrt(size) times the largest the random part (8 standard deviations).
@@ -178,7 +179,7 @@ def _convolve(
     return Composition(DiscretePrivacyRandomVariable(masses[first:], kept), noise)
 
 
-def _power(values: NDArray[np.complexfloating], count: int) -> NDArray[np.complexfloating]:
+def power(values: NDArray[np.complexfloating], count: int) -> NDArray[np.complexfloating]:
     """Raise to an integer power by squaring: faster than the complex power, and as accurate."""
     result = None
     while count:

@@ -15,10 +15,10 @@ Every answer is the least of the bounds that apply, all of them fixed before the
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from accountants.closed import Leaves, added, closed_delta, closed_epsilon, multiplied, renyi_curve
 from accountants.curve import (
     ADD_OR_REMOVE,
     FIXED_SCHEDULE,
@@ -27,12 +27,9 @@ from accountants.curve import (
     check_delta,
     check_epsilon,
 )
-from accountants.events import Event, Gaussian, Leaf, NonPrivate, PoissonSampled, leaves
-from accountants.gaussian import gaussian_delta, gaussian_epsilon, sampled_delta, sampled_epsilon
+from accountants.events import Event, Gaussian, PoissonSampled, leaves
 from accountants.loss import Step, compose
-from accountants.rdp import ORDERS, RenyiCurve, renyi
-
-Leaves = tuple[tuple[Leaf, int], ...]
+from accountants.rdp import RenyiCurve, renyi
 
 EPS_ERROR = 0.01
 """Absolute error asked of the estimate where epsilon > 0.5: the setting of Opacus, hence the same numbers."""
@@ -59,13 +56,11 @@ class LossCurve:
     leaves: Leaves
 
     def __add__(self, other: "LossCurve", /) -> "LossCurve":
-        counts: Counter[Leaf] = Counter(dict(self.leaves))
-        counts.update(dict(other.leaves))
-        return LossCurve(tuple(sorted(counts.items(), key=lambda item: repr(item[0]))))
+        return LossCurve(added(self.leaves, other.leaves))
 
     def __mul__(self, count: int, /) -> "LossCurve":
         check_count(count)
-        return LossCurve(tuple((leaf, n * count) for leaf, n in self.leaves if count))
+        return LossCurve(multiplied(self.leaves, count))
 
     def epsilon(self, delta: float) -> float:
         """Return the smallest epsilon >= 0 proven at `delta`."""
@@ -94,60 +89,24 @@ class PRV:
         return LossCurve(leaves(event))
 
 
-def _renyi(items: Leaves) -> RenyiCurve:
-    total = 0 * ORDERS
-    for leaf, count in items:
-        total = total + count * renyi(leaf)
-    return RenyiCurve(total)
-
-
 @lru_cache(maxsize=1024)
 def _bound(items: Leaves, delta: float) -> Bound:
     base = (ADD_OR_REMOVE, FIXED_SCHEDULE)
-    closed = _closed_epsilon(items, delta)
+    closed = closed_epsilon(items, delta)
     if closed is not None:
         return Bound(closed, delta, "closed form", base)
-    safe = _renyi(items).epsilon(delta)
+    safe = renyi_curve(items).epsilon(delta)
     found = _fourier_epsilon(items, delta, safe) if 0 < safe < math.inf else None
     if found is None or found >= safe:
         return Bound(safe, delta, "rdp", base)
     return Bound(found, delta, "prv", (*base, _REMOVE))
 
 
-def _closed_epsilon(items: Leaves, delta: float) -> float | None:
-    match items:
-        case ():
-            return 0.0
-        case ((PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)), 1),):
-            return sampled_epsilon(1 / s, q, delta)
-        case _ if any(isinstance(leaf, NonPrivate) for leaf, _ in items):
-            return math.inf
-        case _:
-            mu = _total_mu(items)
-            return None if mu is None else gaussian_epsilon(mu, delta)
-
-
 @lru_cache(maxsize=1024)
 def _delta(items: Leaves, epsilon: float) -> float:
-    match items:
-        case ():
-            return 0.0
-        case ((PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)), 1),):
-            return sampled_delta(1 / s, q, epsilon)
-        case _:
-            mu = _total_mu(items)
-            safe = _renyi(items).delta(epsilon)
-            return min(
-                safe, _fourier_delta(items, epsilon, safe) if mu is None else gaussian_delta(mu, epsilon)
-            )
-
-
-def _total_mu(items: Leaves) -> float | None:
-    """Sum up the Gaussians as one, rounded up; None when other mechanisms take part."""
-    if not all(isinstance(leaf, Gaussian) for leaf, _ in items):
-        return None
-    scales = [math.sqrt(n) / leaf.noise_multiplier for leaf, n in items if isinstance(leaf, Gaussian)]
-    return math.hypot(*scales) * (1 + 1e-15)
+    closed = closed_delta(items, epsilon)
+    safe = renyi_curve(items).delta(epsilon)
+    return min(safe, _fourier_delta(items, epsilon, safe) if closed is None else closed)
 
 
 def _steps(items: Leaves) -> tuple[tuple[Step, int], ...] | None:
@@ -167,7 +126,7 @@ def _half_width(items: Leaves, delta_error: float, eps_error: float) -> float:
     """Return the half-width of the domain that remark 5.6 asks for, with our Renyi bound inside."""
     total = sum(n for _, n in items)
     each = max(RenyiCurve(renyi(leaf)).epsilon(delta_error / 8 / total) for leaf, _ in items)
-    return max(_renyi(items).epsilon(delta_error / 4), each, eps_error) + 3
+    return max(renyi_curve(items).epsilon(delta_error / 4), each, eps_error) + 3
 
 
 def _mesh(items: Leaves, delta_error: float, eps_error: float) -> float:

@@ -13,6 +13,10 @@ What is computed is A(a) - 1, as a sum of positive terms, so that tiny divergenc
   analytic in a strip of half-width pi s^2 around the real line, so the error falls like
   exp(-2 pi * width / step) (Trefethen, Weideman 2014, SIAM Review 56, theorem 5.1): 1e-15 at the step used.
 
+Zero-concentrated privacy needs no accountant of its own: rho-zCDP is the line rho(a) = rho a, the curve of a plain
+Gaussian, read off here at all orders; and a Poisson-subsampled Gaussian is no better than its unsampled
+Gaussian at large orders, so that the line forgets the sampling (Bun, Steinke 2016, arXiv:1605.02065).
+
 Conversion to (epsilon, delta): Canonne, Kamath, Steinke 2020, arXiv:2004.00010, proposition 12 (also Asoodeh
 et al. 2020, arXiv:2008.06529); and total variation <= sqrt(1 - exp(-rho)) (Bretagnolle, Huber 1979).
 """

@@ -43,9 +43,12 @@ def _check_clip_norm(clip_norm: float) -> None:
         )
 
 
-def _scale_down(norms: Tensor, bound: Tensor | float) -> Tensor:
-    weights = bound / torch.clamp(norms, min=bound)
-    return torch.where(torch.isfinite(norms), weights, torch.zeros_like(weights))
+def _scale_down(norms: Tensor, clip_norms: Sequence[float]) -> Tensor:
+    bounds = torch.tensor(clip_norms, dtype=norms.dtype, device=norms.device).unsqueeze(1)
+    weights = bounds / torch.maximum(norms, bounds)
+    # A weight below the smallest normal number is rounded by a tenth and more, up as well as down.
+    keep = torch.isfinite(norms).all(0) & (weights >= torch.finfo(norms.dtype).tiny)
+    return torch.where(keep, weights, torch.zeros_like(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class FlatClipper:
 
     def weights(self, norms: Tensor) -> Tensor:
         """(1, B) norms to (1, B) weights."""
-        return _scale_down(norms, self.clip_norm)
+        return _scale_down(norms, (self.clip_norm,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +120,7 @@ class GroupClipper:
 
     def weights(self, norms: Tensor) -> Tensor:
         """(K, B) norms to (K, B) weights; an example that is non-finite in one group is dropped from all."""
-        bounds = torch.tensor(self.clip_norms, dtype=norms.dtype, device=norms.device).unsqueeze(1)
-        weights = bounds / torch.maximum(norms, bounds)
-        return torch.where(torch.isfinite(norms).all(0), weights, torch.zeros_like(weights))
+        return _scale_down(norms, self.clip_norms)
 
 
 def per_layer(model: torch.nn.Module, clip_norm: float) -> GroupClipper:

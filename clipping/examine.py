@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from clipping.errors import MixesExamples
 from clipping.grads import SampleGrads
-from clipping.rules.generic import is_floating
+from clipping.rules.generic import agree, batch_dim_of, is_floating
 from clipping.rules.registry import Inputs
 from clipping.tape import Tape
 
@@ -66,23 +66,28 @@ def refuse_by_list(model: nn.Module) -> None:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave buffers and random state as they were: the probe must not be a training step."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    held = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(x, x.clone()) for _, buffers in held for x in buffers.values() if x is not None]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
+                for buffer, value in values:
+                    buffer.copy_(value)
+            for module, buffers in held:
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 def refuse_mixed(found: dict[str, SampleGrads], chosen: int, what: str) -> None:
     """Raise `MixesExamples` unless the recorded gradients of all examples but `chosen` are exactly zero."""
     for name, grads in found.items():
-        others = grads.sq_norm()
-        others[chosen] = 0
-        if bool((others != 0).any()):
+        norms = grads.sq_norm()
+        others = torch.arange(len(norms), device=norms.device) != chosen
+        # NaN says nothing: a zero gradient times the infinity of a broken example.
+        if bool((norms[others] > 0).any()):
             raise MixesExamples(
                 f"expected the {what} of one example to depend on that example alone; got a gradient of parameter "
                 f"{name!r} from another example; look for BatchNorm-like statistics, attention across the batch, "
@@ -95,22 +100,55 @@ def probe(model: nn.Module, inputs: Inputs, *, batch_dim: int = 0) -> None:
 
     Buffers, random state and gradients are left as they were. Raises `MixesExamples`.
     """
-    seen: list[dict[str, SampleGrads]] = []
+    for chosen in (0, -1):  # the first and the last: a running statistic reaches in one direction only
+        found, num_examples = _gradient_of_one(model, inputs, chosen, batch_dim)
+        if num_examples > 1:
+            refuse_mixed(found, chosen % num_examples, "output")
+            _refuse_influence(model, inputs, chosen % num_examples, num_examples, batch_dim)
+
+
+def _refuse_influence(
+    model: nn.Module, inputs: Inputs, chosen: int, num_examples: int, batch_dim: int
+) -> None:
+    """Refuse a model whose output for example `chosen` changes when the others become copies of it.
+
+    Catches what sends back no gradient: detached statistics of the batch, capacities that examples share.
+    """
+    leaves, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+    pairs = [(x, batch_dim_of(x, num_examples, batch_dim)) for x in leaves]
+    copies = [x if d is None else x.narrow(d, chosen, 1).expand_as(x).contiguous() for x, d in pairs]
+    rows: list[list[Tensor]] = []
+    for values in (leaves, copies):
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        with _undisturbed(model), torch.no_grad():  # both runs draw the same dropout
+            floating = [x for x in pytree.tree_leaves(model(*args, **kwargs)) if is_floating(x)]
+        found = [(x, batch_dim_of(x, num_examples, batch_dim)) for x in floating]
+        rows.append([x.select(d, chosen).unsqueeze(0) for x, d in found if d is not None])
+    if len(rows[0]) != len(rows[1]) or not all(agree(a, b) for a, b in zip(*rows, strict=True)):
+        raise MixesExamples(
+            "expected the output of one example to depend on that example alone; got another output beside other "
+            "examples; look for statistics of the batch (detached ones too), shared capacities and top-k choices"
+        )
+
+
+def _gradient_of_one(
+    model: nn.Module, inputs: Inputs, chosen: int, batch_dim: int
+) -> tuple[dict[str, SampleGrads], int]:
+    """What the layers record when only the output of example `chosen` is sent back, and the batch size."""
+    seen: dict[str, SampleGrads] = {}
     with (
         _undisturbed(model),
         torch.enable_grad(),
-        Tape(model, lambda f, _: seen.append(f), batch_dim=batch_dim),
+        Tape(model, lambda found, _: seen.update(found), batch_dim=batch_dim),
     ):
         outputs = model(*inputs.args, **dict(inputs.kwargs))
         floating = [x for x in pytree.tree_leaves(outputs) if is_floating(x) and x.requires_grad]
-        rows = [x.movedim(batch_dim, 0) if x.dim() > batch_dim else x for x in floating if x.dim() > 0]
-        if not rows or rows[0].shape[0] < 2:
-            return
-        chosen = rows[0].shape[0] - 1
-        picked: Tensor = torch.stack([x[chosen].sum().real for x in rows if x.shape[0] == chosen + 1]).sum()
-        picked.backward()
-    for found in seen:
-        refuse_mixed(found, chosen, "output")
+        rows = [x.movedim(batch_dim, 0) if x.dim() > 2 else x for x in floating if x.dim() > 0]
+        num_examples = rows[0].shape[0] if rows else 0
+        if num_examples > 1:
+            picked = [x[chosen].sum().real for x in rows if x.shape[0] == num_examples]
+            torch.stack([x.to(picked[0].dtype) for x in picked]).sum().backward()
+    return seen, num_examples
 
 
 def examine(model: nn.Module, inputs: Inputs | None = None, *, batch_dim: int = 0) -> None:

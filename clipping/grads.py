@@ -23,6 +23,9 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22
 """Largest temporary, in elements, that a norm may allocate at a time (16 MiB in float32)."""
 
+ROUNDING = 4
+"""Machine epsilons, relative to the terms of a norm, by which it is rounded up (measured error: below 1)."""
+
 
 @runtime_checkable
 class SampleGrads(Protocol):
@@ -32,6 +35,8 @@ class SampleGrads(Protocol):
     ----------
     Sums and norms are accumulated in float32, or in float64 where the values are float64, whatever the dtype
     of the model: bfloat16 products are off by up to 10% when the positions of an example nearly cancel.
+    `sq_norm` is rounded up by its own rounding error, so that `weighted_sum` never exceeds what it promises
+    (test_guarantee_norms_bound_gradients_that_cancel); it is inf or NaN where it cannot be known.
     """
 
     @property
@@ -67,6 +72,11 @@ class SampleGrads(Protocol):
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which gradients of `dtype` are summed: float64 stays, everything else becomes float32."""
+    if dtype.is_complex:  # .to(float32) would drop the imaginary part, and its share of the norm
+        raise TypeError(
+            f"expected gradients of real numbers; got {dtype}; hold the real and the imaginary part in a real "
+            "parameter (torch.view_as_real)"
+        )
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -80,6 +90,15 @@ def _keep(values: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
 
 
+def _rounded_up(sq_norm: Tensor, largest: Tensor) -> Tensor:
+    """`sq_norm` plus the rounding error of a sum whose terms are at most `largest` in total.
+
+    Where the terms of an example cancel, what remains is rounding: it may come out as zero while the gradient
+    that enters the sum is not. Rounded up, the norm bounds that gradient; elsewhere it changes by parts in 10^5.
+    """
+    return sq_norm.clamp_min(0) + ROUNDING * torch.finfo(sq_norm.dtype).eps * largest
+
+
 def _per_example(direction: Tensor, shape: torch.Size) -> bool:
     return direction.dim() == len(shape) + 1
 
@@ -91,9 +110,25 @@ def chunks(num_examples: int, elements_per_example: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_examples))
 
 
-def _row_sq_norm(values: Tensor) -> Tensor:
+def _flat(values: Tensor) -> Tensor:
+    # (B, N), also for a scalar parameter, whose gradients (B,) have no dimension to flatten.
+    return values.reshape(values.shape[0], values.shape[1:].numel())
+
+
+def _norm(values: Tensor) -> Tensor:
     # vector_norm reads once; square().sum() writes a copy and was 16 times slower on large tensors.
-    return torch.linalg.vector_norm(widen(values).flatten(1), dim=1).square()
+    return torch.linalg.vector_norm(_flat(widen(values)), dim=1)
+
+
+def _row_sq_norm(values: Tensor) -> Tensor:
+    return _norm(values).square()
+
+
+def _underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
+    # Squares of tiny values vanish; beside huge ones the gradient need not. Such an example has no norm.
+    tiny = torch.finfo(left_trace.dtype).tiny
+    low, high = torch.minimum(left_trace, right_trace), torch.maximum(left_trace, right_trace)
+    return (low < tiny**0.75) & (high > tiny**-0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,14 +157,14 @@ class Dense:
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""
-        values = widen(self.values).flatten(1)
+        values = _flat(widen(self.values))
         if _per_example(direction, self.shape):
-            return (values * direction.flatten(1)).sum(1)
+            return (values * _flat(direction)).sum(1)
         return values @ direction.flatten().to(values.dtype)
 
     def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
         """(*shape)."""
-        values = widen(self.values).flatten(1)
+        values = _flat(widen(self.values))
         total = (weights.to(values.dtype) @ values).view(self.shape)
         return total if into is None else into.add_(total)
 
@@ -167,7 +202,8 @@ class Outer:
         num_in = self.right.shape[-1]
         if num_positions == 1:
             left = torch.linalg.vector_norm(widen(self.left), dim=(2, 3)).square()
-            return (left * torch.linalg.vector_norm(widen(self.right), dim=(2, 3)).square()).sum(1)
+            right = torch.linalg.vector_norm(widen(self.right), dim=(2, 3)).square()
+            return torch.where(_underflows(left.sum(1), right.sum(1)), torch.inf, (left * right).sum(1))
         if num_positions * (num_out + num_in) <= num_out * num_in:
             return self._ghost_sq_norm(2 * num_groups * num_positions * num_positions)
         return self._formed_sq_norm(num_groups * num_out * num_in)
@@ -176,16 +212,19 @@ class Outer:
         parts = []
         for part in chunks(self.num_examples, elements):
             left, right = widen(self.left[part]), widen(self.right[part])
-            gram = torch.matmul(left, left.mT).mul_(torch.matmul(right, right.mT))
-            # The exact value is never negative; rounding may make it so.
-            parts.append(gram.flatten(1).sum(1).clamp_min_(0))
+            grams = torch.matmul(left, left.mT), torch.matmul(right, right.mT)
+            traces = [gram.diagonal(dim1=2, dim2=3).sum((1, 2)) for gram in grams]
+            sq_norm = _rounded_up(grams[0].mul_(grams[1]).flatten(1).sum(1), traces[0] * traces[1])
+            parts.append(torch.where(_underflows(*traces), torch.inf, sq_norm))
         return torch.cat(parts) if parts else self._none()
 
     def _formed_sq_norm(self, elements: int) -> Tensor:
-        parts = [
-            _row_sq_norm(torch.matmul(widen(self.left[part]).mT, widen(self.right[part])))
-            for part in chunks(self.num_examples, elements)
-        ]
+        parts = []
+        for part in chunks(self.num_examples, elements):
+            left, right = widen(self.left[part]), widen(self.right[part])
+            formed = torch.linalg.vector_norm(torch.matmul(left.mT, right).flatten(1), dim=1)
+            error = ROUNDING * torch.finfo(formed.dtype).eps * _norm(left) * _norm(right)
+            parts.append((formed + error).square())
         return torch.cat(parts) if parts else self._none()
 
     def _none(self) -> Tensor:
@@ -262,7 +301,7 @@ class Rows:
         segment = torch.empty_like(ordered).scatter_(1, order, changes.cumsum(1))
         sums = values.new_zeros(num_examples, num_positions, width)
         sums.scatter_add_(1, segment.unsqueeze(-1).expand_as(values), values)
-        return _row_sq_norm(sums)
+        return _rounded_up(_row_sq_norm(sums), _row_sq_norm(values))
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""
@@ -310,12 +349,13 @@ class Sum:
 
     def sq_norm(self) -> Tensor:
         """(B,), with the exact cross terms: |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>."""
-        total = self.parts[0].sq_norm()
+        largest = self.parts[0].sq_norm()
         for part in self.parts[1:]:
-            total = total + part.sq_norm()
+            largest = largest + part.sq_norm()
+        total = largest
         for first, second in combinations(self.parts, 2):
             total = total + 2 * cross(first, second)
-        return torch.where(total < 0, torch.zeros_like(total), total)
+        return _rounded_up(total, largest)
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""

@@ -57,8 +57,6 @@ def _visit(module: nn.Module, prefix: str, canonical: dict[int, str], seen: set[
     members = (module,) if rule is not None else tuple(module.modules())
     named = module.named_parameters(recurse=rule is None, remove_duplicate=False)
     names = {name: canonical[id(p)] for name, p in named if p.requires_grad}
-    if rule is None:
-        seen.update(id(member) for member in members)
     yield Layer(prefix, module, rule, names, members)
 
 

@@ -13,7 +13,9 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,28 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from clipping.errors import UnrecordedParameter
+from clipping.frames import Frames
 from clipping.grads import SampleGrads, add
 from clipping.layers import Layer, recorded_layers
-from clipping.rules.generic import check_independent, generic, is_floating
+from clipping.rules.generic import BatchDims, Independence, generic, is_floating
 from clipping.rules.registry import Inputs
 
 OnComplete = Callable[[dict[str, SampleGrads], int], None]
 """(gradients by parameter name, B), called once at the end of each successful backward."""
+
+
+class _Autocast(NamedTuple):
+    """The mixed precision of a forward call, in which the generic rule must run the module again."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @staticmethod
+    def of(device_type: str) -> _Autocast:
+        """The state in force now."""
+        dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+        return _Autocast(device_type, dtype, enabled)
 
 
 class _Call(NamedTuple):
@@ -37,7 +54,30 @@ class _Call(NamedTuple):
     layer: Layer
     spec: pytree.TreeSpec
     constants: tuple[object, ...]
+    dims: BatchDims | None
+    autocast: _Autocast
     in_backward: bool
+
+
+class _Record:
+    """What one backward has delivered so far; it lives as long as that backward."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, SampleGrads] = {}
+        self.num_examples: int | None = None
+
+
+class _Refusal(NamedTuple):
+    """The hook on a parameter: any gradient that autograd brings there has bypassed the record."""
+
+    name: str
+
+    def __call__(self, _: Tensor) -> None:
+        raise UnrecordedParameter(
+            f"expected parameter {self.name!r} to be used only inside the forward of the module that owns it; got "
+            "a gradient by another way (used directly, through a functional call, or by a module whose forward is "
+            "bypassed); call the owning module, or freeze the parameter"
+        )
 
 
 class _Tap(torch.autograd.Function):
@@ -55,6 +95,11 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a backward of first order; got create_graph=True, whose second-order terms the record "
+                "does not see; drop create_graph, or compute the penalty on a detached copy of the model"
+            )
         if any(g is not None for g in grads):
             call: _Call = ctx.call
             call.tape._deliver(call, ctx.saved_tensors, grads)
@@ -79,25 +124,32 @@ class Tape:
         self.model = model
         self.batch_dim = batch_dim
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.layers = recorded_layers(model)
         self._on_complete = on_complete
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         self._hooks: list[RemovableHandle] = []
-        self._stash: dict[int, list[list[tuple[nn.Module, dict[str, nn.Parameter | None]]]]] = {}
-        self._probed: set[int] = set()
+        self._frames = Frames()
+        self._independence = Independence(batch_dim)
         self._batch_hint: int | None = None
         self._root_dims = 0
+        self._in_root = False
         self._paused = False
-        self._task = -1
-        self._found: dict[str, SampleGrads] = {}
-        self._num_examples: int | None = None
+        self._records: WeakValueDictionary[int, _Record] = WeakValueDictionary()
 
     def attach(self) -> Tape:
         """Register the hooks."""
         if self._hooks:
             raise RuntimeError("expected a detached tape; got one already attached; detach it first")
+        for name, parameter in self.parameters.items():
+            if any(isinstance(hook, _Refusal) for hook in (parameter._backward_hooks or {}).values()):
+                raise RuntimeError(
+                    f"expected a model that no tape records; got parameter {name!r} under another one, which would "
+                    "count its examples too; detach that tape first"
+                )
         self._hooks.append(self.model.register_forward_pre_hook(self._before_root, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._after_root, always_call=True))
         for layer in self.layers:
             module = layer.module
             self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -105,15 +157,15 @@ class Tape:
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True, prepend=True)
             )
         for name, parameter in self.parameters.items():
-            self._hooks.append(parameter.register_hook(_refuse(name)))
+            self._hooks.append(parameter.register_hook(_Refusal(name)))
         return self
 
     def detach(self) -> None:
-        """Remove every hook and forget what a failed backward left."""
+        """Remove every hook, and put back the parameters that an interrupted forward left detached."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._forget()
+        self._frames.unwind()
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -123,50 +175,71 @@ class Tape:
         """Detach."""
         self.detach()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Tape:
+        """The tape itself: a copied model is an ordinary model, whose copied hooks find nothing to record."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: a saved tape would hold un-noised sums."""
+        raise TypeError(
+            "expected a detached model to pickle; got one under a tape, which holds private sums; save "
+            "model.state_dict(), or detach the tape first"
+        )
+
     # -- forward ----------------------------------------------------------------------------------------
 
     def _before_root(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._paused or not torch.is_grad_enabled() or module is not self.model:
+            return
+        thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        if thawed:
+            raise UnrecordedParameter(
+                f"expected parameters to stay frozen while the tape is attached; got {thawed[:4]} trainable, whose "
+                "gradients nothing would clip; unfreeze them before making the model private"
+            )
+        self._frames.unwind()
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
         first = tensors[0] if tensors else None
         dim = self.batch_dim if first is not None and first.dim() > self.batch_dim else 0
         self._batch_hint = None if first is None else first.shape[dim]
         self._root_dims = 0 if first is None else first.dim()
+        self._in_root = True
+
+    def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
+        if module is self.model:
+            self._in_root = False
 
     def _before(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        if self._paused or not torch.is_grad_enabled() or id(module) not in self._by_module:
+        layer = self._by_module.get(id(module))
+        if layer is None or layer.module is not module:  # a copy of the model
             return None
-        held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
-        for member in self._by_module[id(module)].members:
-            held.append((member, dict(member._parameters)))
-            for name, parameter in member._parameters.items():
-                if parameter is not None:
-                    member._parameters[name] = parameter.detach()  # pyright: ignore[reportArgumentType]
-        self._stash.setdefault(id(module), []).append(held)
-        return self._expanded(self._by_module[id(module)], args, kwargs)
+        recording = torch.is_grad_enabled() and not self._paused
+        if not self._frames.begin(layer, recording):
+            return None
+        return self._expanded(layer, args, kwargs)
 
     def _expanded(
         self, layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         # Position ids of shape (1, T) stand for every example: expanded, their gradient arrives per example.
-        hint, dim = self._batch_hint, self.batch_dim
-        if layer.rule is not None and isinstance(layer.module, nn.Embedding):
-            self._refuse_flat_indices(layer, args, kwargs)
-        if hint is None or hint == 1 or layer.rule is None:
+        if layer.rule is None or not isinstance(layer.module, nn.Embedding):
             return None
+        # Outside the model's own forward nothing is known of the batch, but for recomputed checkpoints.
+        known = self._in_root or torch._C._current_graph_task_id() != -1
+        hint, dim = self._batch_hint if known else None, self.batch_dim
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        if not tensors or tensors[0].dim() < 2 or tensors[0].shape[dim] != 1:
+        first = Inputs(args, kwargs).first
+        self._refuse_flat_indices(layer, first, self._root_dims if known else 0)
+        if hint is None or first.dim() < 2 or first.shape[dim] != 1:
             return None
-        size = [-1] * tensors[0].dim()
+        size = [-1] * first.dim()
         size[dim] = hint
-        first = tensors[0]
         return pytree.tree_unflatten([first.expand(size) if x is first else x for x in leaves], spec)
 
-    def _refuse_flat_indices(self, layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        first = Inputs(args, kwargs).first
-        if first.dim() == 1 and self._root_dims > 1:
+    def _refuse_flat_indices(self, layer: Layer, first: Tensor, root_dims: int) -> None:
+        if first.dim() == 1 and root_dims != 1:
             raise ValueError(
                 f"expected indices with the batch in dimension {self.batch_dim} for embedding {layer.name!r}; got "
                 f"shape {tuple(first.shape)}, whose gradient is summed over the examples before it can be "
@@ -176,28 +249,26 @@ class Tape:
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
-        stack = self._stash.get(id(module))
-        if not stack:
+        layer = self._frames.end(module)
+        if layer is None or outputs is None:
             return None
-        for member, parameters in stack.pop():
-            member._parameters.update(parameters)
-        if outputs is None or not torch.is_grad_enabled():
-            return None
-        return self._tapped(self._by_module[id(module)], Inputs(args, kwargs), outputs)
+        return self._tapped(layer, Inputs(args, kwargs), outputs)
 
     def _tapped(self, layer: Layer, inputs: Inputs, outputs: object) -> object:
         out_leaves, out_spec = pytree.tree_flatten(outputs)
         floating = [x for x in out_leaves if is_floating(x)]
+        _refuse_opaque(layer, out_leaves)
         if not floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        if layer.rule is None and id(layer.module) not in self._probed and floating[0].shape[0] > 1:
-            check_independent(layer.module, layer.name, inputs, [x.detach() for x in floating])
-            self._probed.add(id(layer.module))
         in_leaves, in_spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        dims = None
+        if layer.rule is None:
+            dims = self._independence.of(layer.module, layer.name, inputs, [x.detach() for x in floating])
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
-        call = _Call(self, layer, in_spec, constants, in_backward)
+        autocast = _Autocast.of(floating[0].device.type)
+        call = _Call(self, layer, in_spec, constants, dims, autocast, in_backward)
         tapped = _Tap.apply(call, self._anchor, len(floating), *floating, *tensors)
         supply = iter(tapped if isinstance(tapped, tuple) else (tapped,))
         return pytree.tree_unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_spec)
@@ -212,39 +283,47 @@ class Tape:
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
             )
         task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._forget()
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
+        record = self._records.get(task)
+        if record is None:
+            # Only the callback holds the record: a backward that raises drops both.
+            record = self._records[task] = _Record()
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._complete, record))
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        inputs, grads = self._batch_first(Inputs(args, kwargs), grads)
-        self._check_batch(call.layer, grads)
-        for local, found in self._apply_rule(call.layer, inputs, grads).items():
+        for local, found in self._apply_rule(record, call, Inputs(args, kwargs), grads).items():
             name = call.layer.names[local]
-            known = self._found.get(name)
-            self._found[name] = found if known is None else add(known, found)
+            known = record.found.get(name)
+            record.found[name] = found if known is None else add(known, found)
 
     def _apply_rule(
-        self, layer: Layer, inputs: Inputs, grads: tuple[Tensor | None, ...]
+        self, record: _Record, call: _Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
     ) -> dict[str, SampleGrads]:
-        if layer.rule is not None:
+        layer, dims = call.layer, call.dims
+        if dims is None:
             (grad,) = (g for g in grads if g is not None)
-            return layer.rule(layer.module, inputs, grad)
+            inputs, grad = self._batch_first(inputs, grad)
+            _check_batch(record, layer, grad, 0)
+            assert layer.rule is not None
+            # An empty batch has no gradients, and rules could not tell its other dimensions.
+            return layer.rule(layer.module, inputs, grad) if record.num_examples else {}
+        for grad, dim in zip(grads, dims.outputs, strict=True):
+            if grad is not None:
+                _check_batch(record, layer, grad, dim)
+        if not record.num_examples:
+            return {}
         self._paused = True  # the generic rule runs the module again: that run is not a use of it
         try:
-            return generic(layer.module, inputs, grads)
+            with torch.autocast(*call.autocast, cache_enabled=False):
+                return generic(layer.module, inputs, grads, dims)
         finally:
             self._paused = False
 
-    def _batch_first(
-        self, inputs: Inputs, grads: tuple[Tensor | None, ...]
-    ) -> tuple[Inputs, tuple[Tensor | None, ...]]:
+    def _batch_first(self, inputs: Inputs, grad: Tensor) -> tuple[Inputs, Tensor]:
         if self.batch_dim == 0:
-            return inputs, grads
+            return inputs, grad
         moved = pytree.tree_map(self._move, (inputs.args, dict(inputs.kwargs)))
-        return Inputs(*moved), tuple(None if g is None else self._move(g) for g in grads)
+        return Inputs(*moved), self._move(grad)
 
     def _move(self, value: Any) -> Any:
         # A recurrent cell sees (B, D) at each position; only indices have the batch in a 2-D tensor's dimension 1.
@@ -252,40 +331,30 @@ class Tape:
             return value.movedim(self.batch_dim, 0)
         return value
 
-    def _check_batch(self, layer: Layer, grads: tuple[Tensor | None, ...]) -> None:
-        for grad in grads:
-            if grad is None:
-                continue
-            rows = grad.shape[0] if grad.dim() else 0
-            if self._num_examples is None:
-                self._num_examples = rows
-            if rows != self._num_examples:
-                raise ValueError(
-                    f"expected every layer to see the batch in one dimension ({self._num_examples} examples); got "
-                    f"{rows} rows at {layer.name or 'model'!r} (output {tuple(grad.shape)}); do not fold positions "
-                    "into the batch, and give positions the shape (1, T) or (B, T)"
-                )
-
-    def _complete(self) -> None:
-        found, num_examples = self._found, self._num_examples or 0
-        self._forget()
-        self._on_complete(found, num_examples)
-
-    def _forget(self) -> None:
-        self._task = -1
-        self._found = {}
-        self._num_examples = None
+    def _complete(self, record: _Record) -> None:
+        self._on_complete(record.found, record.num_examples or 0)
 
 
 _TENSOR = object()
 
 
-def _refuse(name: str) -> Callable[[Tensor], None]:
-    def hook(_: Tensor) -> None:
-        raise UnrecordedParameter(
-            f"expected parameter {name!r} to be used only inside the forward of the module that owns it; got a "
-            "gradient by another way (used directly, through a functional call, or by a module whose forward is "
-            "bypassed); call the owning module, or freeze the parameter"
+def _check_batch(record: _Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
+    rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
+    if record.num_examples is None:
+        record.num_examples = rows
+    if rows != record.num_examples:
+        raise ValueError(
+            f"expected every layer to see the batch in one dimension ({record.num_examples} examples); got "
+            f"{rows} rows at {layer.name or 'model'!r} (output {tuple(grad.shape)}); do not fold positions "
+            "into the batch, and give positions the shape (1, T) or (B, T)"
         )
 
-    return hook
+
+def _refuse_opaque(layer: Layer, leaves: list[object]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | str | int | float | bool | None):
+            raise TypeError(
+                f"expected layer {layer.name or 'model'!r} to return tensors in tuples, lists or dicts; got a "
+                f"{type(leaf).__name__}, whose tensors cannot be recorded; return them openly, or register the "
+                "class with torch.utils._pytree.register_pytree_node"
+            )

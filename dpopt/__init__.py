@@ -17,8 +17,8 @@ from dpopt.engine import PrivacyEngine
 from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism
-from dpopt.sampling import PoissonSampling, poisson
-from dpopt.training import Batch, PrivateTraining
+from dpopt.sampling import Batch, PoissonSampling, poisson
+from dpopt.training import PrivateTraining
 
 __all__ = [
     "Batch",

@@ -5,35 +5,64 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from dpopt.training import PrivateTraining
 
 
-class PoissonBatches(Sampler[list[int]]):
-    """`num_batches` independent Poisson draws an epoch; notes each draw's size for the loader."""
+class Part(NamedTuple):
+    """A physical batch: `size` of the `num_drawn` examples of one draw, the `first` or the `last` of its parts."""
 
-    def __init__(self, training: PrivateTraining, num_records: int, num_batches: int) -> None:
+    size: int
+    num_drawn: int
+    first: bool
+    last: bool
+
+
+class PoissonBatches(Sampler[list[int]]):
+    """`num_batches` independent Poisson draws an epoch, each in parts of at most `largest` examples.
+
+    `parts` describes what the newest iterator has given out, in order: workers fetch ahead of the loop.
+    """
+
+    def __init__(
+        self, training: PrivateTraining, num_records: int, num_batches: int, largest: int | None = None
+    ) -> None:
         self.training = training
         self.num_records = num_records
         self.num_batches = num_batches
-        self.sizes: deque[int] = deque()
+        self.largest = largest
+        self.parts: deque[Part] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Draw the batches of one epoch."""
-        self.sizes.clear()
+        """Draw the batches of one epoch; an empty draw is one empty part."""
+        self.parts = deque()
+        return self._draws(self.parts)
+
+    def _draws(self, parts: deque[Part]) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
             indices = self.training.draw(self.num_records)
-            self.sizes.append(len(indices))
-            yield indices
+            size = self.largest or max(1, len(indices))
+            for start in range(0, max(1, len(indices)), size):
+                part = indices[start : start + size]
+                parts.append(Part(len(part), len(indices), start == 0, start + size >= len(indices)))
+                yield part
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Draws an epoch."""
         return self.num_batches
 
 
@@ -57,34 +86,81 @@ def _no_rows(value: object) -> object:
 
 
 class PrivateDataLoader(DataLoader[Any]):
-    """A torch DataLoader over Poisson batches that opens a private step with each batch it hands out."""
+    """A torch DataLoader over Poisson batches that opens a private step with each draw it hands out.
+
+    Under `torch.no_grad()` it only hands out batches: nothing can be released from them.
+    """
 
     def __iter__(self) -> Any:
-        """Yield batches; each is one step's draw."""
+        """Yield batches; each is one step's draw, or a part of it."""
+        batches = self.poisson
+        step = batches.training.sum
+        iterator = super().__iter__()
+        parts = batches.parts
+        for batch in iterator:
+            if batches.parts is not parts:
+                raise RuntimeError(
+                    "expected one iterator over the private loader at a time; got a batch asked of an older one; "
+                    "finish a loop before the next, and evaluate on a loader of your own"
+                )
+            part = parts.popleft()
+            if torch.is_grad_enabled():
+                if part.first:
+                    step.begin(part.num_drawn)
+                step.hold, step.num_part = not part.last, part.size
+            yield batch
+            if part.last and step.num_drawn is not None:
+                raise RuntimeError(
+                    "expected optimizer.step() on every drawn batch, an empty one included; got the next request "
+                    "before it; skipping a step because of what was drawn would itself tell about the data; wrap a "
+                    "loop that only looks in torch.no_grad()"
+                )
+
+    @property
+    def poisson(self) -> PoissonBatches:
+        """The sampler behind this loader."""
         batches = self.batch_sampler
         assert isinstance(batches, PoissonBatches)
-        for batch in super().__iter__():
-            batches.training.sum.begin(batches.sizes.popleft())
-            yield batch
+        return batches
 
 
 def check_loader(loader: DataLoader[Any]) -> None:
-    """Refuse a loader whose dataset cannot be sampled by index."""
-    dataset = loader.dataset
+    """Refuse a loader that Poisson sampling of its whole dataset cannot replace."""
+    dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"expected a data loader over a dataset with a length and indices; got {type(dataset).__name__}, which "
             "Poisson sampling cannot draw from; load the records into a map-style dataset"
         )
+    sampler = loader.sampler
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(dataset)
+    )
+    if type(loader.batch_sampler) is not BatchSampler or not whole:
+        raise ValueError(
+            "expected a data loader with a batch size and the plain sequential or shuffled order; got sampler "
+            f"{type(sampler).__name__} and batch sampler {type(loader.batch_sampler).__name__}, which Poisson "
+            "sampling would replace; choose the records with torch.utils.data.Subset instead"
+        )
+    if len(loader) == 0:
+        raise ValueError(
+            "expected at least one batch an epoch; got a data loader of length 0, which gives no sampling rate; add "
+            "records, lower the batch size or leave out drop_last"
+        )
 
 
-def private_loader(loader: DataLoader[Any], training: PrivateTraining) -> PrivateDataLoader:
+def private_loader(
+    loader: DataLoader[Any], training: PrivateTraining, *, largest: int | None = None
+) -> PrivateDataLoader:
     """`loader` with its batches replaced by Poisson draws; collate function and workers stay as they are."""
+    collate = loader.collate_fn
+    if not isinstance(collate, CollateWithEmpty):
+        collate = CollateWithEmpty(collate, loader.dataset)
     num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     return PrivateDataLoader(
         loader.dataset,
-        batch_sampler=PoissonBatches(training, num_records, len(loader)),
-        collate_fn=CollateWithEmpty(loader.collate_fn, loader.dataset),
+        batch_sampler=PoissonBatches(training, num_records, len(loader), largest),
+        collate_fn=collate,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -103,7 +179,8 @@ class BatchMemoryManager:
             for batch in small:
                 ...  # the ordinary loop; optimizer.step() acts on the last physical batch of each logical one
 
-    Before the last part the parameters have no gradient, so torch optimizers leave them as they are.
+    Before the last part the parameters have no gradient, so torch optimizers leave them as they are. The cut is
+    made before collating, so any collate function serves.
     """
 
     def __init__(
@@ -123,37 +200,14 @@ class BatchMemoryManager:
                 f"expected max_physical_batch_size >= 1; got {max_physical_batch_size}; it is the number of "
                 "examples that fit in memory at once"
             )
-        self.loader = data_loader
-        self.size = max_physical_batch_size
+        self.training = data_loader.poisson.training
+        self.loader = private_loader(data_loader, self.training, largest=max_physical_batch_size)
         self.optimizer = optimizer
 
-    def __enter__(self) -> BatchMemoryManager:
-        """Return an iterable of physical batches."""
-        return self
+    def __enter__(self) -> PrivateDataLoader:
+        """Return the loader of physical batches; its length is the number of logical ones."""
+        return self.loader
 
     def __exit__(self, *_: object) -> None:
         """Drop what an interrupted logical batch left."""
-        batches = self.loader.batch_sampler
-        assert isinstance(batches, PoissonBatches)
-        batches.training.sum.hold = False
-        if batches.training.sum.num_added:
-            batches.training.sum.end()
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield physical batches, at least one for each logical batch."""
-        batches = self.loader.batch_sampler
-        assert isinstance(batches, PoissonBatches)
-        step = batches.training.sum
-        for batch in self.loader:
-            num_examples = step.num_drawn or 0
-            for start in range(0, max(1, num_examples), self.size):
-                step.hold = start + self.size < num_examples
-                yield _physical(batch, slice(start, start + self.size), num_examples)
-
-
-def _physical(batch: Any, part: slice, num_examples: int) -> Any:
-    def cut(value: object) -> object:
-        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_examples
-        return value[part] if isinstance(value, Tensor) and batched else value
-
-    return pytree.tree_map(cut, batch)
+        self.training.sum.end()

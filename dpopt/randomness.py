@@ -28,12 +28,18 @@ _PROBE_SEED = 0x5EED
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RandomKey:
-    """The root of a run's randomness; never stored, logged or shown."""
+    """The root of a run's randomness; never stored, logged, shown or copied."""
 
     secret: bytes
 
     def __repr__(self) -> str:
         return "RandomKey(<hidden>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "expected a key to stay in the run that made it; got a copy or a pickle of it, which would repeat the "
+            "noise; start a run of its own"
+        )
 
 
 def secret_key() -> RandomKey:

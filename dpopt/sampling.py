@@ -4,11 +4,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from accountants import Event, PoissonSampled
+
+Example = TypeVar("Example", covariant=True)
+
+
+class Records(Protocol[Example]):
+    """A dataset: a length and an item per index; each item is one unit of privacy."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class Batch(NamedTuple):
+    """One draw: the examples that take part in a step, possibly none."""
+
+    examples: tuple[object, ...]
+
+    def split(self, size: int) -> Iterator[list]:
+        """Micro-batches of at most `size` examples; none for an empty batch."""
+        for start in range(0, len(self.examples), size):
+            yield list(self.examples[start : start + size])
 
 
 @dataclass(frozen=True, slots=True)

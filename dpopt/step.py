@@ -2,24 +2,36 @@
 """The sensitive side of one step: clipped sums collected over any number of micro-batches.
 
 The law of this file: a step holds each drawn example at most once, and what a failed backward left behind
-never enters it.
+never enters it. Messages never name the size of a drawn batch: it is secret.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from clipping import ClippedSum, Clipper, SampleGrads, Tape, add_clipped, refuse_mixed, zero_sum
+from clipping import (
+    ClippedSum,
+    Clipper,
+    MixesExamples,
+    SampleGrads,
+    Tape,
+    add_clipped,
+    refuse_mixed,
+    zero_sum,
+)
 
 
 class StepSum:
     """Collects the clipped gradients of one step from a tape.
 
     `mean` says that each backward starts from the mean of its examples' losses (else from their sum).
-    `num_drawn` is the size of the batch that the sampler drew, None outside a step.
+    `num_drawn` is the size of the batch that the sampler drew, None outside a step. `hold` says that more
+    parts of that batch are to come, and `num_part` is the size of the part handed out last.
     """
 
     def __init__(self, model: nn.Module, clipper: Clipper, *, mean: bool, batch_dim: int = 0) -> None:
@@ -29,10 +41,14 @@ class StepSum:
         self.groups = clipper.groups(list(self.tape.parameters))
         self.num_drawn: int | None = None
         self.num_added = 0
-        self.hold = False  # more physical batches of this step are to come
+        self.hold = False
+        self.num_part = 0
+        self.probed = False
         self._totals: dict[str, Tensor] = {}
         self._expected: int | None = None
-        self._probing = False
+        self._probing: int | None = None
+        self._watched: list[Tensor] = []
+        self._home = id(model)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -58,22 +74,91 @@ class StepSum:
         """Leave the step."""
         self.discard()
         self.num_drawn = None
+        self.hold = False
 
     def add(self, losses: Tensor) -> None:
         """Run the backward of per-example `losses` (B,) and collect the clipped gradients."""
-        self._expected = losses.shape[0]
+        self.require_drawn()
+        self._expected, before = losses.shape[0], self.num_added
         try:
-            losses.sum().backward()
+            if not self.probed and self._expected > 1:
+                self.probe([losses])
+            (losses.mean() if self.mean else losses.sum()).backward()
         finally:
             self._expected = None
+        if self.num_added == before:
+            raise RuntimeError(
+                "expected losses of the model that was made private; got a backward that never met its layers; "
+                "compute them with that model (not with a copy of it), gradients enabled"
+            )
 
-    def probe(self, losses: Tensor) -> None:
-        """Refuse losses in which one example reaches another; the graph stays usable. Needs B >= 2."""
-        self._probing = True
+    def probe(self, rows: list[Tensor]) -> None:
+        """Refuse a model or loss where one example's row of `rows`, (B, ...) each, reaches another example.
+
+        The graph stays usable. First and last are tried: a running statistic reaches in one direction only.
+        """
         try:
-            losses[-1].backward(retain_graph=True)
+            for self._probing in (0, -1):
+                torch.stack([x[self._probing].sum().real for x in rows]).sum().backward(retain_graph=True)
+            self.probed = True
         finally:
-            self._probing = False
+            self._probing = None
+            self._watched = []
+
+    def watch_inputs(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of the model: let the probe see which floating-point inputs an output depends on.
+
+        Layers tell of mixing behind them only; a model that centres its inputs by the batch mixes before them.
+        """
+        if not self._probes(model):
+            return None
+        self._watched = []
+        return pytree.tree_map(self._watch, (args, kwargs))
+
+    def _watch(self, value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+            return value
+        leaf = value.detach().requires_grad_()
+        self._watched.append(leaf)
+        return leaf.clone()  # no leaf: the model may change it in place
+
+    def _probes(self, model: nn.Module) -> bool:
+        # A deep copy of the model brings copies of its hooks along: they know that they are not at home.
+        ready = not self.probed and self.num_drawn is not None and id(model) == self._home
+        return ready and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def probe_outputs(self, model: nn.Module, _: Any, outputs: object) -> None:
+        """Forward hook of the model: `probe` its outputs for a part, where a dimension is clearly the batch."""
+        if not self._probes(model) or self.num_part < 2:
+            return
+        leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+        rows = [x for leaf in leaves if (x := self._batch_first(leaf, self.num_part)) is not None]
+        if rows:
+            self.probe(rows)
+
+    def _batch_first(self, values: Tensor, num_examples: int) -> Tensor | None:
+        dims = {d for d in (0, self.tape.batch_dim) if values.dim() > d and values.shape[d] == num_examples}
+        return values.movedim(dims.pop(), 0) if len(dims) == 1 else None
+
+    def _refuse_mixed(self, found: dict[str, SampleGrads], num_examples: int, chosen: int) -> None:
+        refuse_mixed(found, chosen, "output or loss")
+        others = [i for i in range(num_examples) if i != chosen]
+        for leaf in self._watched:
+            rows = None if leaf.grad is None else self._batch_first(leaf.grad, num_examples)
+            leaf.grad = None
+            if rows is not None and bool((rows[others].abs() > 0).any()):
+                raise MixesExamples(
+                    "expected the output or loss of one example to depend on that example alone; got one that "
+                    "depends on another example's input; look for inputs centred or scaled by the batch"
+                )
+
+    def require_drawn(self) -> None:
+        """Raise RuntimeError outside a step."""
+        if self.num_drawn is None:
+            raise RuntimeError(
+                "expected a backward on a batch that the private sampler drew; got one outside a step; take the "
+                "examples from batches(...) or from the private data loader, and use torch.no_grad() elsewhere"
+            )
 
     def clipped(self) -> ClippedSum:
         """The clipped sum of the step, handed over: parameters that no example reached are zero."""
@@ -83,8 +168,8 @@ class StepSum:
         return ClippedSum({**totals, **zeros}, self.clipper.sensitivity)
 
     def _collect(self, found: dict[str, SampleGrads], num_examples: int) -> None:
-        if self._probing:
-            refuse_mixed(found, num_examples - 1, "loss")
+        if self._probing is not None:
+            self._refuse_mixed(found, num_examples, self._probing % max(1, num_examples))
             return
         if self._expected is not None and num_examples != self._expected:
             raise ValueError(
@@ -103,31 +188,37 @@ class StepSum:
             raise
 
     def _count(self, num_examples: int) -> None:
-        if self.num_drawn is None:
+        self.require_drawn()
+        if self.num_added + num_examples > (self.num_drawn or 0):
             raise RuntimeError(
-                "expected a backward on a batch that the private sampler drew; got one outside a step; take the "
-                "examples from batches(...) or from the private data loader, and use torch.no_grad() elsewhere"
-            )
-        if self.num_added + num_examples > self.num_drawn:
-            raise RuntimeError(
-                f"expected each drawn example once per step ({self.num_drawn} drawn); got "
-                f"{self.num_added + num_examples}, which would break the sensitivity; after a failed or repeated "
-                "backward call discard() and run the whole batch again"
+                "expected each drawn example once per step; got more examples than were drawn, which would break "
+                "the sensitivity; after a failed or repeated backward call discard() and run the whole batch again"
             )
         self.num_added += num_examples
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Identity and version of each buffer that `state_dict` would publish."""
-    saved = set(model.state_dict(keep_vars=True))
-    named = model.named_buffers()
-    return {name: (id(buffer), buffer._version) for name, buffer in named if name in saved}
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Each buffer that `state_dict` would publish, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
-def refuse_changed_buffers(before: dict[str, tuple[int, int]], model: nn.Module) -> None:
-    """Raise RuntimeError where a buffer that would be published changed since `before`: it was never noised."""
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    # By value: versions miss writes through `.data`, and == misses an unchanged NaN.
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    flat_a, flat_b = (x.detach().reshape(-1).to(a.device).view(torch.uint8) for x in (a, b))
+    return torch.equal(flat_a, flat_b)
+
+
+def refuse_changed_buffers(before: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise RuntimeError where a buffer that would be published differs from `before`: it was never noised."""
     now = persistent_buffers(model)
-    changed = sorted(name for name in now if before.get(name) != now[name])
+    changed = sorted(name for name in now if name not in before or not _same_bytes(now[name], before[name]))
     if changed:
         raise RuntimeError(
             f"expected buffers that do not change in training; got changes in {changed[:4]}, which would be "

@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from accountants import Bound, Event, Ledger, accountant
 from accountants.calibrate import num_steps
@@ -18,9 +19,10 @@ from clipping import Clipper, Inputs, examine
 from dpopt.budget import Budget, BudgetExhausted
 from dpopt.mechanisms import Mechanism
 from dpopt.randomness import generator, insecure_key, secret_key
-from dpopt.sampling import PoissonSampling
+from dpopt.sampling import Batch, PoissonSampling, Records
 from dpopt.step import (
     StepSum,
+    clear_gradients,
     persistent_buffers,
     refuse_changed_buffers,
     refuse_changed_parameters,
@@ -30,27 +32,6 @@ from dpopt.step import (
 
 RELATION = "add-or-remove-one"
 DEFAULT_LEDGERS = Path("privacy-ledgers")
-
-Example = TypeVar("Example", covariant=True)
-
-
-class Records(Protocol[Example]):
-    """A dataset: a length and an item per index; each item is one unit of privacy."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-class Batch(NamedTuple):
-    """One draw: the examples that take part in a step, possibly none."""
-
-    examples: tuple[object, ...]
-
-    def split(self, size: int) -> Iterator[list]:
-        """Micro-batches of at most `size` examples; none for an empty batch."""
-        for start in range(0, len(self.examples), size):
-            yield list(self.examples[start : start + size])
 
 
 def default_ledger() -> Path:
@@ -76,8 +57,9 @@ class PrivateTraining:
     `clipper`, `mechanism` and `sampling` fix what one step releases; `budget` caps the whole ledger;
     `ledger` is a path (default: a new file under `privacy-ledgers/`, printed). `example_inputs` (at least 2
     examples, as the model takes them) let the numerical probe run at construction; without them it runs on
-    the first losses only. `insecure_seed` makes the run reproducible and *not private*. `mean_losses` is for
-    callers that send back the mean of the losses themselves (the familiar door).
+    the first losses only. It sees gradients between examples, not a loss divided by a number that depends on
+    the batch, such as its token count. `insecure_seed` makes the run reproducible and *not private*.
+    `mean_losses` is for callers that send back the mean of the losses themselves (the familiar door).
 
         with PrivateTraining(model, clipper=FlatClipper(1.0), mechanism=GaussianMechanism(0.8),
                              sampling=poisson(num_records=len(data), batch_size=256)) as private:
@@ -129,29 +111,39 @@ class PrivateTraining:
         self._pid = os.getpid()
         self._max_steps: int | None = None
         self._drawn = 0
-        self._probed = False
-        self._buffers: dict[str, tuple[int, int]] = {}
+        self._open = False
+        self._declared: Event | None = None
+        self._watch: RemovableHandle | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     # -- the run ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> PrivateTraining:
-        """Open the ledger, check the budget and start recording."""
+        """Open the ledger, check the budget, clear every `.grad` and start recording."""
         self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
         self._ledger = Ledger.open(self.ledger_path, unit=self.unit, relation=RELATION)
         try:
             self._max_steps = self._affordable()
-            self._ledger.attempt(self._configuration(), event=self.event)
-            self._buffers = persistent_buffers(self.model)
+            self._declared = self.event
+            self._ledger.attempt(self._configuration(), event=self._declared)
+            self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(self.model).items()}
+            # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
+            clear_gradients(self.model.parameters())
             self.sum.tape.attach()
+            self._watch = self.model.register_forward_pre_hook(self.sum.watch_inputs, with_kwargs=True)
         except BaseException:
             self._ledger.close()
             self._ledger = None
             raise
+        self._open = True
         print(f"dpopt: the privacy ledger of this run is {self.ledger_path}", file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop recording, drop what was not released, close the ledger; no hook or attribute stays behind."""
+        self._open = False
+        if self._watch is not None:
+            self._watch.remove()
         self.sum.tape.detach()
         self.sum.end()
         if self._ledger is not None:
@@ -171,7 +163,9 @@ class PrivateTraining:
 
     def bound(self, delta: float) -> Bound:
         """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
-        return self.accountant.curve(self.ledger.events()).bound(delta)
+        bound = self.accountant.curve(self.ledger.events()).bound(delta)
+        insecure = () if self.insecure_seed is None else ("INSECURE: nobody knows the seed of this run",)
+        return replace(bound, assumptions=(*bound.assumptions, *insecure))
 
     def epsilon(self, delta: float) -> float:
         """Upper bound on epsilon of everything on the ledger so far; infinite without noise."""
@@ -179,13 +173,18 @@ class PrivateTraining:
 
     @property
     def steps_left(self) -> int | None:
-        """How many more releases the budget affords; None without a budget."""
+        """Releases that the budget still affords; None without a budget."""
         return None if self._max_steps is None else self._max_steps - self.steps
 
     # -- one step ---------------------------------------------------------------------------------------
 
     def draw(self, num_records: int) -> list[int]:
         """Indices of the next batch."""
+        if not self._open:
+            raise RuntimeError(
+                "expected an open run; got one that has ended or not begun, where nothing would be private; draw "
+                "inside its `with` statement, or before detach()"
+            )
         self._drawn += 1
         return self.sampling.draw(num_records, generator(self._key, "sampling", self._drawn))
 
@@ -212,12 +211,8 @@ class PrivateTraining:
                 f"losses must be one number per example, shape (B,); got {tuple(losses.shape)}; pass "
                 'reduction="none" and average over each example\'s own positions only'
             )
-        if losses.shape[0] == 0:
-            return
-        if losses.shape[0] > 1 and not self._probed:
-            self.sum.probe(losses)
-            self._probed = True
-        self.sum.add(losses)
+        if losses.shape[0] > 0:
+            self.sum.add(losses)
 
     def discard(self) -> None:
         """Drop what this step accumulated, to run the same batch again (after an out-of-memory error, say)."""
@@ -230,13 +225,13 @@ class PrivateTraining:
         stays paid for and nothing was released.
         """
         self._check_release()
-        self.ledger.charge(self.event, context={"step": self.steps + 1})
+        charge = self.ledger.charge(self.event, context={"step": self.steps + 1})
         self.steps += 1
         try:
-            step = self.steps
+            # The charge's own number is the domain: whatever is tried again pays again, and gets other noise.
             released = self.mechanism.release(
                 self.sum.clipped(),
-                lambda name, device: generator(self._key, "noise", step, name, device=device),
+                lambda name, device: generator(self._key, "noise", charge.seq, name, device=device),
             )
             write_gradients(self.sum.parameters, released, self.sampling.expected_batch_size)
         finally:
@@ -251,6 +246,11 @@ class PrivateTraining:
             raise RuntimeError(
                 "expected release() in the process that started the run; got a forked one, which would repeat its "
                 "noise; start a run of its own there"
+            )
+        if self.event != self._declared:
+            raise RuntimeError(
+                f"expected the mechanism and sampling that the run began with, {self._declared}; got {self.event}, "
+                "which the budget was not computed for; start a run of its own on the same ledger"
             )
         refuse_changed_parameters(self.sum.parameters, self.model)
         refuse_changed_buffers(self._buffers, self.model)
@@ -270,7 +270,7 @@ class PrivateTraining:
         )
         if steps < 1:
             raise self._exhausted(1)
-        return steps
+        return self.steps + steps
 
     def _check_affordable(self, steps: int) -> None:
         if self._max_steps is not None and self.steps + steps > self._max_steps:

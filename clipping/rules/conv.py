@@ -7,6 +7,8 @@ D = C / K * kernel elements.
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -36,14 +38,11 @@ def patches(layer: _ConvNd, values: Tensor) -> Tensor:
     grouped = values.unflatten(1, (layer.groups, num_channels // layer.groups))
     positions = list(range(3, 3 + num_dims))
     kernel_dims = list(range(3 + num_dims, 3 + 2 * num_dims))
-    ordered = grouped.permute(0, 1, *positions, 2, *kernel_dims)
-    num_positions = 1
-    for dim in range(2, 2 + num_dims):
-        num_positions *= ordered.shape[dim]
-    width = num_channels // layer.groups
-    for kernel in layer.kernel_size:
-        width *= kernel
-    return ordered.reshape(num_examples, layer.groups, num_positions, width)
+    # Positions last while copying: the inner loop then runs along a row of the image.
+    ordered = grouped.permute(0, 1, 2, *kernel_dims, *positions)
+    num_positions = math.prod(ordered.shape[3 + num_dims :])
+    width = num_channels // layer.groups * math.prod(layer.kernel_size)
+    return ordered.reshape(num_examples, layer.groups, width, num_positions).mT
 
 
 def convolution(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGrads]:

@@ -9,10 +9,12 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from clipping.errors import MixesExamples
@@ -25,74 +27,145 @@ def is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _split(inputs: Inputs, num_examples: int) -> tuple[list[object], list[bool], pytree.TreeSpec]:
-    leaves, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
-    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == num_examples for x in leaves]
-    return leaves, batched, spec
+class BatchDims(NamedTuple):
+    """The batch dimension of each input leaf and each floating-point output; None where all examples share it."""
+
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+
+
+def batch_dim_of(value: object, num_examples: int, batch_dim: int) -> int | None:
+    """The dimension of `value` that holds the batch of a model whose batch is in `batch_dim`."""
+    if not isinstance(value, Tensor):
+        return None
+    # Sequence-first models keep the batch first in what has no sequence: cell states (B, D), masks (B, T).
+    for dim in (batch_dim, 0) if value.dim() > 2 or not is_floating(value) else (0,):
+        if value.dim() > dim and value.shape[dim] == num_examples:
+            return dim
+    return None
 
 
 class _OneExample:
-    """The module as a function of its parameters and of one example's rows."""
+    """The module as a function of its parameters and of one example's part of each input."""
 
-    def __init__(self, module: nn.Module, inputs: Inputs, num_examples: int) -> None:
+    def __init__(self, module: nn.Module, inputs: Inputs, dims: BatchDims) -> None:
         self.module = module
-        self.leaves, self.batched, self.spec = _split(inputs, num_examples)
+        self.leaves, self.spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        self.dims = dims.inputs
+        self.parts = tuple(x for x, d in zip(self.leaves, self.dims, strict=True) if d is not None)
+        self.in_dims = tuple(d for d in self.dims if d is not None)
 
-    @property
-    def rows(self) -> tuple[Tensor, ...]:
-        chosen = (x for x, flag in zip(self.leaves, self.batched, strict=True) if flag)
-        return tuple(x.unsqueeze(1) for x in chosen if isinstance(x, Tensor))
-
-    def __call__(self, parameters: dict[str, Tensor], rows: tuple[Tensor, ...]) -> list[Tensor]:
-        supply = iter(rows)
-        leaves = [next(supply) if flag else x for x, flag in zip(self.leaves, self.batched, strict=True)]
+    def __call__(self, parameters: dict[str, Tensor], parts: tuple[Tensor, ...]) -> list[Tensor]:
+        supply = iter(parts)
+        pairs = zip(self.leaves, self.dims, strict=True)
+        leaves = [x if d is None else next(supply).unsqueeze(d) for x, d in pairs]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        outputs = functional_call(self.module, parameters, args, kwargs)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap, and fall back to a loop
+            outputs = functional_call(self.module, parameters, args, kwargs)
         return [x for x in pytree.tree_leaves(outputs) if is_floating(x)]
 
 
-def generic(module: nn.Module, inputs: Inputs, grads: Sequence[Tensor | None]) -> dict[str, SampleGrads]:
+def generic(
+    module: nn.Module, inputs: Inputs, grads: Sequence[Tensor | None], dims: BatchDims
+) -> dict[str, SampleGrads]:
     """Per-example gradients of every trainable parameter below `module`, by vmap over its forward.
 
-    `grads` holds one output gradient (B, ...) or None for each floating-point output of the module.
+    `grads` holds an output gradient or None for each floating-point output of the module.
     """
-    present = [g for g in grads if g is not None]
-    num_examples = present[0].shape[0]
-    one = _OneExample(module, inputs, num_examples)
+    one = _OneExample(module, inputs, dims)
     parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    names = [index for index, g in enumerate(grads) if g is not None]
+    pairs = enumerate(zip(grads, dims.outputs, strict=True))
+    present = [(i, g, d) for i, (g, d) in pairs if g is not None and d is not None]
 
-    def paired(values: dict[str, Tensor], rows: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
-        outputs = one(values, rows)
-        terms = [(outputs[i] * c).sum() for i, c in zip(names, cotangents, strict=True)]
-        return torch.stack(terms).sum()
+    def paired(
+        values: dict[str, Tensor], parts: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
+    ) -> Tensor:
+        outputs = one(values, parts)
+        pairs = zip(present, cotangents, strict=True)
+        return torch.stack([(outputs[i] * c.unsqueeze(d).conj()).sum().real for (i, _, d), c in pairs]).sum()
 
+    in_dims = (None, one.in_dims, tuple(d for _, _, d in present))
     with torch.enable_grad():
-        found = vmap(grad(paired), in_dims=(None, 0, 0), randomness="different")(
-            parameters, one.rows, tuple(g.unsqueeze(1) for g in present)
+        found = vmap(grad(paired), in_dims=in_dims, randomness="different")(
+            parameters, one.parts, tuple(g for _, g, _ in present)
         )
     return {name: Dense(value) for name, value in found.items()}
 
 
-def check_independent(module: nn.Module, name: str, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
-    """Refuse `module` unless running its examples one at a time gives the rows of its batched outputs.
+def check_independent(
+    module: nn.Module, name: str, inputs: Inputs, outputs: Sequence[Tensor], dims: BatchDims
+) -> bool:
+    """Refuse `module` unless running its examples one at a time gives their part of its batched outputs.
 
-    Raises `MixesExamples` where they differ: the module mixes examples, or draws random numbers.
+    Returns whether that is proven: False where some numbers are not finite, which prove nothing. Raises
+    `MixesExamples` where the outputs differ: the module mixes examples, or draws random numbers.
     """
-    num_examples = outputs[0].shape[0]
-    one = _OneExample(module, inputs, num_examples)
     parameters = {key: p.detach() for key, p in module.named_parameters()}
-    with torch.no_grad():
-        rows = vmap(one, in_dims=(None, 0), randomness="different")(parameters, one.rows)
-    for single, batched in zip(rows, outputs, strict=True):
-        expected = single.squeeze(1)
-        tolerance = 1e-3 if batched.dtype != torch.float64 else 1e-9
-        if expected.shape != batched.shape or not torch.allclose(
-            expected, batched, rtol=tolerance, atol=tolerance, equal_nan=True
-        ):
-            raise MixesExamples(
-                f"expected module {name or 'model'!r} ({type(module).__name__}), which has no rule of its own, to "
-                "give each example the output it gives that example alone; got another output, so it mixes "
-                "examples or draws random numbers; keep the batch in dimension 0, move dropout into a module "
-                "without parameters, or register a rule for it with clipping.register_rule"
-            )
+    one = _OneExample(module, inputs, dims)
+    alone: Sequence[Tensor] = ()
+    if one.parts and None not in dims.outputs:
+        with torch.no_grad():
+            alone = vmap(one, in_dims=(None, one.in_dims), randomness="different")(parameters, one.parts)
+    same = len(alone) == len(outputs) and all(
+        agree(single.squeeze(dim + 1), batched.movedim(dim, 0))
+        for single, batched, dim in zip(alone, outputs, dims.outputs, strict=True)
+        if dim is not None
+    )
+    if not same:
+        raise MixesExamples(
+            f"expected module {name or 'model'!r} ({type(module).__name__}), which has no rule of its own, to "
+            "give each example the output it gives that example alone; got another output, so it mixes "
+            "examples or draws random numbers; keep the batch in one dimension of every output, move dropout "
+            "into a module without parameters, or register a rule for it with clipping.register_rule"
+        )
+    return all(bool(torch.isfinite(x).all()) for x in outputs)
+
+
+def agree(alone: Tensor, batched: Tensor) -> bool:
+    """Whether two tensors (B, ...) agree within rounding; an example of 1e38 does not excuse the others."""
+    if alone.shape != batched.shape:
+        return False
+    half = batched.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(batched.device.type)
+    tolerance = 1e-9 if batched.dtype == torch.float64 else 5e-2 if half else 1e-3
+    if batched.numel() == 0:
+        return True
+    finite = torch.isfinite(alone) & torch.isfinite(batched)
+    rows = (torch.where(finite, x, torch.zeros_like(x)).reshape(len(x), -1) for x in (alone, batched))
+    alone, batched = rows
+    largest = batched.abs().amax(1, keepdim=True)
+    largest = torch.maximum(largest, largest.median())
+    return bool(((alone - batched).abs() <= tolerance * (1 + largest)).all())
+
+
+class Independence:
+    """Where the batch is in each generic call, as proven on an earlier call with more than one example."""
+
+    def __init__(self, batch_dim: int) -> None:
+        self.batch_dim = batch_dim
+        self._proven: dict[tuple[int, int], BatchDims] = {}
+
+    def of(self, module: nn.Module, name: str, inputs: Inputs, outputs: list[Tensor]) -> BatchDims:
+        """The batch dimensions of one call of `module`, after `check_independent` where nothing is proven yet."""
+        dim = self.batch_dim if outputs[0].dim() > 2 else 0
+        num_examples = outputs[0].shape[dim] if outputs[0].dim() > dim else 0
+        leaves = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+        values = (*leaves, *outputs)
+        found = [batch_dim_of(x, num_examples, self.batch_dim) for x in values]
+        dims = BatchDims(tuple(found[: len(leaves)]), tuple(found[len(leaves) :]))
+        key = (id(module), len(leaves))
+        # A mask (T, T) looks batched when T happens to be B: what held for another B holds for this one.
+        proven = self._proven.get(key)
+        if proven is not None and _fits(proven, values, num_examples):
+            return proven
+        if num_examples > 1 or None in dims.outputs:
+            if check_independent(module, name, inputs, outputs, dims):
+                self._proven[key] = dims
+        return dims
+
+
+def _fits(dims: BatchDims, values: Sequence[object], num_examples: int) -> bool:
+    expected = (*dims.inputs, *dims.outputs)
+    return len(expected) == len(values) and all(
+        dim is None or (isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == num_examples)
+        for dim, x in zip(expected, values, strict=True)
+    )

@@ -61,10 +61,11 @@ class GaussianMechanism:
 
     def release(self, clipped: ClippedSum, noise: NoiseSource) -> dict[str, Tensor]:
         """The noisy sum, in the tensors of `clipped`."""
-        std = self.noise_multiplier * clipped.sensitivity
-        released = dict(clipped.total)
-        if std == 0:
+        # Parameters in another memory format (channels_last) have sums in it too.
+        released = {name: total.contiguous() for name, total in clipped.total.items()}
+        if self.noise_multiplier == 0:
             return released
+        std = self.noise_multiplier * clipped.sensitivity
         for name, total in released.items():
             add_normal(total, std, noise(name, total.device))
         return released

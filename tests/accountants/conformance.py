@@ -48,7 +48,7 @@ class AccountantConformance:
 
     @pytest.mark.parametrize("number", range(1, 21))
     def test_never_below_the_truth(self, number):
-        if number in COSTLY and self.rule.name != "rdp":
+        if number in COSTLY and self.rule.name == "prv":
             pytest.skip("in the slow test")
         row = ROWS[number - 1]
         assert self.price(row.event, row.delta) >= row.tight * (1 - DIGITS)

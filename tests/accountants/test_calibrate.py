@@ -5,7 +5,7 @@ import pytest
 
 from accountants import Gaussian, PoissonSampled, Repeated, accountant, calibrate
 
-NAMES = ["rdp", "prv"]
+NAMES = ["rdp", "prv", "pld"]
 # (epsilon, delta, rate, steps) and the smallest noise multiplier by dp_accounting 0.6.0's PLD accountant
 BUDGETS = {
     (2, 1e-5, 0.01, 1000): 0.9591,
@@ -26,7 +26,12 @@ def test_noise_multiplier_is_within_budget_and_smallest(name, budget):
     assert calibrate.epsilon(noise_multiplier=sigma, **given) <= epsilon
     assert calibrate.epsilon(noise_multiplier=sigma * 0.995, **given) > epsilon
     best = BUDGETS[budget]
-    assert best * 0.9999 <= sigma <= best * (1.02 if name == "prv" else 1.1)
+    # at epsilon 0.05 the grid of the reference, 1e-4, costs it 0.4 %
+    assert (
+        best * (0.9999 if epsilon > 1 else 0.995)
+        <= sigma
+        <= best * {"rdp": 1.1, "prv": 1.02, "pld": 1.004}[name]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,3 +98,10 @@ def test_small_epsilons_do_not_meet_a_floor():
     # the floor at order 63 is 0.1; at order 1024 0.006
     assert accountant("rdp").curve(PoissonSampled(0.001, Gaussian(30.0))).epsilon(1e-5) < 0.003
     assert accountant("rdp").curve(PoissonSampled(1e-6, Gaussian(1000.0))).epsilon(1e-5) == 0
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 60.0])
+def test_covers_zero_concentrated_privacy(sigma):
+    rho, delta = 1 / (2 * sigma * sigma), 1e-6
+    usual = rho + 2 * math.sqrt(rho * math.log(1 / delta))
+    assert accountant("rdp").curve(Gaussian(sigma)).epsilon(delta) <= usual

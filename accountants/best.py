@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tightest of the valid bounds, for parameters that were not chosen from outputs of the mechanism."""
+
+from accountants.closed import Leaves
+from accountants.curve import Bound, check_delta
+from accountants.events import Event, leaves
+from accountants.pld import PLDCurve
+from accountants.prv import LossCurve
+from accountants.rdp import RDP
+
+SCHEDULES = ("fixed", "public", "dp_history")
+"""Where noise multipliers, rates and counts come from: set beforehand; from public data; from private outputs."""
+
+_FEW = 64  # the Renyi bound takes 10 ms per distinct mechanism
+
+
+class AdaptiveSchedule(ValueError):
+    """A bound for parameters fixed in advance was asked for parameters chosen from private outputs."""
+
+
+def best(event: Event, delta: float, *, schedule: str = "fixed") -> Bound:
+    """Bound the epsilon of `event` at `delta` by the least of the bounds that hold; `Bound.method` says which.
+
+    Args:
+        event: everything that is released.
+        delta: the delta of the guarantee.
+        schedule: where the parameters in `event` come from, one of `SCHEDULES`. Steps not taken count too: when
+            training may stop early, price the steps that were planned.
+
+    Raises:
+        AdaptiveSchedule: `schedule` is "dp_history"; only a `Filter` covers that.
+        UnpricedEvent: no price is known; the message names the leaf.
+
+    Guarantees:
+        - never above "rdp" or "pld" alone, never below the truth.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule must be one of {SCHEDULES}; got {schedule!r}; say where the parameters come from"
+        )
+    if schedule == "dp_history":
+        raise AdaptiveSchedule(
+            "parameters must be fixed before the data are seen; got a schedule chosen from private outputs, for "
+            "which composing what happened is no bound (delta is exceeded 1.5 times); spend through a Filter"
+        )
+    check_delta(delta)
+    items: Leaves = leaves(event)
+    bounds = [PLDCurve(items).bound(delta)]
+    if bounds[0].method == "rdp":
+        bounds.append(LossCurve(items).bound(delta))
+    elif bounds[0].method == "pld" and len(items) <= _FEW:
+        bounds.append(RDP().curve(event).bound(delta))
+    return min(bounds, key=lambda bound: bound.epsilon)

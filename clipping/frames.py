@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward calls that have begun: while one runs, its layer holds detached parameters.
+
+The law of this file: every parameter is put back, whether the call returns, raises or is interrupted.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from clipping.layers import Layer
+
+_COMPILING = -1
+
+
+def _thread() -> int:
+    # torch.compile would break its graph at every layer to ask for the thread.
+    return _COMPILING if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class _Frame(NamedTuple):
+    """One call and the parameters to put back; `held` is None where the call is not recorded."""
+
+    layer: Layer
+    thread: int
+    held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] | None
+
+    def is_ours(self) -> bool:
+        """Whether the call began in this thread."""
+        thread = _thread()
+        return _COMPILING in (thread, self.thread) or self.thread == thread
+
+    def put_back(self) -> None:
+        """Give every module its parameters again."""
+        for member, parameters in self.held or ():
+            member._parameters.update(parameters)
+
+
+class Frames:
+    """A stack of calls: layers nest only where a module without a rule holds others, or calls itself."""
+
+    def __init__(self) -> None:
+        self._stack: list[_Frame] = []
+
+    def __len__(self) -> int:
+        """How many calls have begun and not ended."""
+        return len(self._stack)
+
+    def begin(self, layer: Layer, recording: bool) -> bool:
+        """Detach the layer's parameters, unless a module around it explains them or nothing is recorded.
+
+        Returns whether the call is recorded. Raises RuntimeError where another thread is in a call.
+        """
+        if self._stack and not self._stack[-1].is_ours():
+            raise RuntimeError(
+                "expected one forward call at a time on a recorded model; got calls from two threads; run them one "
+                "after the other, or give each thread a copy of the model"
+            )
+        explained = any(frame.held is not None and frame.layer.rule is None for frame in self._stack)
+        if explained or not recording:
+            self._stack.append(_Frame(layer, _thread(), None))
+            return False
+        held = [(member, dict(member._parameters)) for member in layer.members]
+        self._stack.append(_Frame(layer, _thread(), held))
+        for member, parameters in held:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    member._parameters[name] = parameter.detach()  # pyright: ignore[reportArgumentType]
+        return True
+
+    def end(self, module: nn.Module) -> Layer | None:
+        """Put the parameters of `module` back; its layer where the call was recorded, else None."""
+        if not self._stack or self._stack[-1].layer.module is not module or not self._stack[-1].is_ours():
+            return None
+        frame = self._stack.pop()
+        frame.put_back()
+        return None if frame.held is None else frame.layer
+
+    def unwind(self) -> None:
+        """Put back what an interrupt (KeyboardInterrupt skips forward hooks) left detached in this thread."""
+        while self._stack and self._stack[-1].is_ours():
+            self._stack.pop().put_back()
