@@ -15,15 +15,18 @@ from clipping.clippers import Clipper
 from clipping.grads import Dense, Outer, SampleGrads
 
 KEEP_COST = 24
-"""Cost of one pass over a formed gradient element, in multiply-adds: forming pays off above it."""
+"""Cost of one pass over a formed gradient element, in multiply-adds (measured): forming pays off above it."""
+
+KEEP_MEMORY = 2
+"""How many times the memory of inputs and output gradients a formed gradient may take."""
 
 
 def settled(grads: SampleGrads) -> SampleGrads:
-    """`grads`, with per-example gradients formed where that is cheaper and takes no more memory.
+    """`grads`, with per-example gradients formed where that is cheaper and takes about as little memory.
 
-    Norm and sum then share one product, and the inputs can be dropped. The norm through Gram matrices costs
-    T^2 (P + D) multiply-adds on top; forming costs about KEEP_COST P D, and holds P D numbers per example
-    instead of T (P + D): low-rank adapters and convolutions over large images.
+    Norm and sum then share one product, and inputs and output gradients can be dropped at once. The norm
+    through Gram matrices costs T^2 (P + D) multiply-adds on top; forming costs about KEEP_COST P D, and holds
+    P D numbers per example instead of T (P + D): adapters, convolutions over large images, narrow layers.
     """
     if not isinstance(grads, Outer):
         return grads
@@ -31,7 +34,7 @@ def settled(grads: SampleGrads) -> SampleGrads:
     num_in = grads.right.shape[-1]
     held = positions * (num_out + num_in)
     formed = num_out * num_in
-    if formed <= held and positions * held > KEEP_COST * formed:
+    if formed <= KEEP_MEMORY * held and positions * held > KEEP_COST * formed:
         return Dense(grads.dense())
     return grads
 
@@ -72,8 +75,6 @@ def add_clipped(
     nothing, and leaves the other examples' contributions as they are
     (test_guarantee_one_example_moves_the_sum_by_at_most_the_sensitivity).
     """
-    for name in found:
-        found[name] = settled(found[name])
     norms = group_norms(found, groups, num_examples, scale)
     weights = clipper.weights(norms) * scale
     finite = torch.isfinite(norms).all(0)

@@ -124,6 +124,26 @@ def _row_sq_norm(values: Tensor) -> Tensor:
     return _norm(values).square()
 
 
+def _gram_product(left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(B,) sum of the product of both Gram matrices (symmetric, so half the blocks off the diagonal), and traces."""
+    num_positions = left.shape[2]
+    middle = num_positions // 2 if num_positions >= 64 else 0
+    total, traces = None, None
+    for rows, columns in ((slice(middle, None), slice(None)), (slice(middle), slice(middle))):
+        if rows.stop == 0:
+            continue
+        grams = [torch.matmul(x[:, :, rows], x[:, :, columns].mT) for x in (left, right)]
+        own = [gram[:, :, :, rows].diagonal(dim1=2, dim2=3).sum((1, 2)) for gram in grams]
+        product = grams[0].mul_(grams[1])
+        value = product.flatten(1).sum(1)
+        if columns.stop is None and middle:
+            value = value + product[:, :, :, :middle].flatten(1).sum(1)
+        total = value if total is None else total + value
+        traces = own if traces is None else [x + y for x, y in zip(traces, own, strict=True)]
+    assert total is not None and traces is not None
+    return total, (traces[0], traces[1])
+
+
 def _underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
     # Squares of tiny values vanish; beside huge ones the gradient need not. Such an example has no norm.
     tiny = torch.finfo(left_trace.dtype).tiny
@@ -212,9 +232,8 @@ class Outer:
         parts = []
         for part in chunks(self.num_examples, elements):
             left, right = widen(self.left[part]), widen(self.right[part])
-            grams = torch.matmul(left, left.mT), torch.matmul(right, right.mT)
-            traces = [gram.diagonal(dim1=2, dim2=3).sum((1, 2)) for gram in grams]
-            sq_norm = _rounded_up(grams[0].mul_(grams[1]).flatten(1).sum(1), traces[0] * traces[1])
+            total, traces = _gram_product(left, right)
+            sq_norm = _rounded_up(total, traces[0] * traces[1])
             parts.append(torch.where(_underflows(*traces), torch.inf, sq_norm))
         return torch.cat(parts) if parts else self._none()
 

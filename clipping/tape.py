@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from clipping.engines import settled
 from clipping.errors import UnrecordedParameter
 from clipping.frames import Frames
 from clipping.grads import SampleGrads, add
@@ -293,7 +294,7 @@ class Tape:
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         for local, found in self._apply_rule(record, call, Inputs(args, kwargs), grads).items():
             name = call.layer.names[local]
-            known = record.found.get(name)
+            known, found = record.found.get(name), settled(found)
             record.found[name] = found if known is None else add(known, found)
 
     def _apply_rule(

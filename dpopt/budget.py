@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A budget, and the refusal that guards it."""
+"""A budget, beside the refusal that guards it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from accountants import BudgetExhausted
 
-class BudgetExhausted(RuntimeError):
-    """The next release would exceed the budget; it was neither charged nor made."""
+__all__ = ["Budget", "BudgetExhausted"]
 
 
 @dataclass(frozen=True, slots=True)
