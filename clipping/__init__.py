@@ -6,8 +6,11 @@ from clipping.clippers import Clipper, FlatClipper, GroupClipper, per_layer, per
 from clipping.engines import add_clipped
 from clipping.errors import MixesExamples, UnrecordedParameter
 from clipping.examine import examine, probe, refuse_mixed
-from clipping.grads import Dense, Outer, Rows, SampleGrads, Sum, add, cross
+from clipping.grads import Dense, SampleGrads
+from clipping.outer import Outer
+from clipping.rows import Rows
 from clipping.rules import Inputs, Rule, register_rule
+from clipping.sums import Sum, add, cross
 from clipping.tape import Tape
 
 __all__ = [

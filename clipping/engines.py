@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from clipping.clippers import Clipper
-from clipping.grads import Dense, Outer, SampleGrads
+from clipping.grads import Dense, SampleGrads
+from clipping.outer import Outer
 
 KEEP_COST = 24
 """Cost of one pass over a formed gradient element, in multiply-adds (measured): forming pays off above it."""

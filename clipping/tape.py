@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,86 +25,15 @@ from torch.utils.hooks import RemovableHandle
 from clipping.engines import settled
 from clipping.errors import UnrecordedParameter
 from clipping.frames import Frames
-from clipping.grads import SampleGrads, add
+from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers
-from clipping.rules.generic import BatchDims, Independence, generic, is_floating
+from clipping.rules.generic import Independence, generic, is_floating
 from clipping.rules.registry import Inputs
+from clipping.sums import add
+from clipping.tap import Autocast, Call, Record, Refusal, Tap
 
 OnComplete = Callable[[dict[str, SampleGrads], int], None]
 """(gradients by parameter name, B), called once at the end of each successful backward."""
-
-
-class _Autocast(NamedTuple):
-    """The mixed precision of a forward call, in which the generic rule must run the module again."""
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @staticmethod
-    def of(device_type: str) -> _Autocast:
-        """The state in force now."""
-        dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
-        return _Autocast(device_type, dtype, enabled)
-
-
-class _Call(NamedTuple):
-    """One forward call of one layer, as the tap must remember it beyond the tensors that autograd saves."""
-
-    tape: Tape
-    layer: Layer
-    spec: pytree.TreeSpec
-    constants: tuple[object, ...]
-    dims: BatchDims | None
-    autocast: _Autocast
-    in_backward: bool
-
-
-class _Record:
-    """What one backward has delivered so far; it lives as long as that backward."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, SampleGrads] = {}
-        self.num_examples: int | None = None
-
-
-class _Refusal(NamedTuple):
-    """The hook on a parameter: any gradient that autograd brings there has bypassed the record."""
-
-    name: str
-
-    def __call__(self, _: Tensor) -> None:
-        raise UnrecordedParameter(
-            f"expected parameter {self.name!r} to be used only inside the forward of the module that owns it; got "
-            "a gradient by another way (used directly, through a functional call, or by a module whose forward is "
-            "bypassed); call the owning module, or freeze the parameter"
-        )
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's outputs whose backward delivers the layer's inputs and output gradients."""
-
-    @staticmethod
-    def forward(ctx, call: _Call, anchor: Tensor, num_outputs: int, *tensors: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[num_outputs:])
-        ctx.call = call
-        ctx.num_saved = len(tensors) - num_outputs
-        # Detached, not viewed: autograd lets an in-place activation change this output afterwards.
-        outputs = tuple(x.detach() for x in tensors[:num_outputs])
-        return outputs if num_outputs > 1 else outputs[0]
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected a backward of first order; got create_graph=True, whose second-order terms the record "
-                "does not see; drop create_graph, or compute the penalty on a detached copy of the model"
-            )
-        if any(g is not None for g in grads):
-            call: _Call = ctx.call
-            call.tape._deliver(call, ctx.saved_tensors, grads)
-        return (None, None, None, *grads, *(None,) * ctx.num_saved)
 
 
 class Tape:
@@ -137,14 +66,14 @@ class Tape:
         self._root_dims = 0
         self._in_root = False
         self._paused = False
-        self._records: WeakValueDictionary[int, _Record] = WeakValueDictionary()
+        self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
     def attach(self) -> Tape:
         """Register the hooks."""
         if self._hooks:
             raise RuntimeError("expected a detached tape; got one already attached; detach it first")
         for name, parameter in self.parameters.items():
-            if any(isinstance(hook, _Refusal) for hook in (parameter._backward_hooks or {}).values()):
+            if any(isinstance(hook, Refusal) for hook in (parameter._backward_hooks or {}).values()):
                 raise RuntimeError(
                     f"expected a model that no tape records; got parameter {name!r} under another one, which would "
                     "count its examples too; detach that tape first"
@@ -158,7 +87,7 @@ class Tape:
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True, prepend=True)
             )
         for name, parameter in self.parameters.items():
-            self._hooks.append(parameter.register_hook(_Refusal(name)))
+            self._hooks.append(parameter.register_hook(Refusal(name)))
         return self
 
     def detach(self) -> None:
@@ -268,15 +197,15 @@ class Tape:
             dims = self._independence.of(layer.module, layer.name, inputs, [x.detach() for x in floating])
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
-        autocast = _Autocast.of(floating[0].device.type)
-        call = _Call(self, layer, in_spec, constants, dims, autocast, in_backward)
-        tapped = _Tap.apply(call, self._anchor, len(floating), *floating, *tensors)
+        autocast = Autocast.of(floating[0].device.type)
+        call = Call(self._deliver, layer, in_spec, constants, dims, autocast, in_backward)
+        tapped = Tap.apply(call, self._anchor, len(floating), *floating, *tensors)
         supply = iter(tapped if isinstance(tapped, tuple) else (tapped,))
         return pytree.tree_unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_spec)
 
     # -- backward ---------------------------------------------------------------------------------------
 
-    def _deliver(self, call: _Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+    def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
         if call.in_backward:
             raise RuntimeError(
                 f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
@@ -287,7 +216,7 @@ class Tape:
         record = self._records.get(task)
         if record is None:
             # Only the callback holds the record: a backward that raises drops both.
-            record = self._records[task] = _Record()
+            record = self._records[task] = Record()
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._complete, record))
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
@@ -298,7 +227,7 @@ class Tape:
             record.found[name] = found if known is None else add(known, found)
 
     def _apply_rule(
-        self, record: _Record, call: _Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
+        self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
     ) -> dict[str, SampleGrads]:
         layer, dims = call.layer, call.dims
         if dims is None:
@@ -332,14 +261,14 @@ class Tape:
             return value.movedim(self.batch_dim, 0)
         return value
 
-    def _complete(self, record: _Record) -> None:
+    def _complete(self, record: Record) -> None:
         self._on_complete(record.found, record.num_examples or 0)
 
 
 _TENSOR = object()
 
 
-def _check_batch(record: _Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
+def _check_batch(record: Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
     rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
     if record.num_examples is None:
         record.num_examples = rows

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from clipping.grads import Dense, Outer, SampleGrads, widen
+from clipping.grads import Dense, SampleGrads, widen
+from clipping.outer import Outer
 from clipping.rules.registry import Inputs, register_rule
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clipping.grads import Rows, SampleGrads
+from clipping.grads import SampleGrads
+from clipping.rows import Rows
 from clipping.rules.registry import Inputs, register_rule
 
 

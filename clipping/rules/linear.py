@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clipping.grads import Dense, Outer, SampleGrads, widen
+from clipping.grads import Dense, SampleGrads, widen
+from clipping.outer import Outer
 from clipping.rules.registry import Inputs, register_rule
 
 

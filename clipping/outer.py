@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of outer products: the gradients of linear layers and convolutions, and their norms without forming them.
+
+Shapes: B examples, K groups (1 except for grouped convolutions), T positions, P outputs, D inputs.
+
+References: Goodfellow (2015), arXiv:1510.01799 (T = 1); Li et al. (2021), arXiv:2110.05679, section 4 (the
+ghost norm <A A^T, G G^T>); Bu et al. (2022), arXiv:2210.00038 (one weighted product instead of B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipping.grads import ROUNDING, accumulator_dtype, chunks, kept, per_example, rounded_up, row_norm, widen
+
+
+def _gram_product(left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(B,) sum of the product of both Gram matrices (symmetric, so half the blocks off the diagonal), and traces."""
+    num_positions = left.shape[2]
+    middle = num_positions // 2 if num_positions >= 64 else 0
+    total, traces = None, None
+    for rows, columns in ((slice(middle, None), slice(None)), (slice(middle), slice(middle))):
+        if rows.stop == 0:
+            continue
+        grams = [torch.matmul(x[:, :, rows], x[:, :, columns].mT) for x in (left, right)]
+        own = [gram[:, :, :, rows].diagonal(dim1=2, dim2=3).sum((1, 2)) for gram in grams]
+        product = grams[0].mul_(grams[1])
+        value = product.flatten(1).sum(1)
+        if columns.stop is None and middle:
+            value = value + product[:, :, :, :middle].flatten(1).sum(1)
+        total = value if total is None else total + value
+        traces = own if traces is None else [x + y for x, y in zip(traces, own, strict=True)]
+    assert total is not None and traces is not None
+    return total, (traces[0], traces[1])
+
+
+def _underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
+    # Squares of tiny values vanish; beside huge ones the gradient need not. Such an example has no norm.
+    tiny = torch.finfo(left_trace.dtype).tiny
+    low, high = torch.minimum(left_trace, right_trace), torch.maximum(left_trace, right_trace)
+    return (low < tiny**0.75) & (high > tiny**-0.5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outer:
+    """Sums over positions of outer products: gradient[k] = sum_t left[k, t] right[k, t]^T.
+
+    `left` is (B, K, T, P), `right` is (B, K, T, D), and the K blocks of (P, D) lie one after another in the
+    parameter of shape `shape` (K * P * D elements). Linear and convolution have left = output gradient and
+    right = input; transformers' Conv1D, which stores its weight the other way round, swaps them.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: torch.Size
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return self.left.shape[0]
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        product = torch.matmul(widen(self.left).mT, widen(self.right))
+        return product.reshape(self.num_examples, *self.shape)
+
+    def sq_norm(self) -> Tensor:
+        """(B,), through the Gram matrices or through the gradients, whichever costs less."""
+        _, num_groups, num_positions, num_out = self.left.shape
+        num_in = self.right.shape[-1]
+        if num_positions == 1:
+            left = torch.linalg.vector_norm(widen(self.left), dim=(2, 3)).square()
+            right = torch.linalg.vector_norm(widen(self.right), dim=(2, 3)).square()
+            return torch.where(_underflows(left.sum(1), right.sum(1)), torch.inf, (left * right).sum(1))
+        if num_positions * (num_out + num_in) <= num_out * num_in:
+            return self._ghost_sq_norm(2 * num_groups * num_positions * num_positions)
+        return self._formed_sq_norm(num_groups * num_out * num_in)
+
+    def _ghost_sq_norm(self, elements: int) -> Tensor:
+        parts = []
+        for part in chunks(self.num_examples, elements):
+            left, right = widen(self.left[part]), widen(self.right[part])
+            total, traces = _gram_product(left, right)
+            sq_norm = rounded_up(total, traces[0] * traces[1])
+            parts.append(torch.where(_underflows(*traces), torch.inf, sq_norm))
+        return torch.cat(parts) if parts else self._none()
+
+    def _formed_sq_norm(self, elements: int) -> Tensor:
+        parts = []
+        for part in chunks(self.num_examples, elements):
+            left, right = widen(self.left[part]), widen(self.right[part])
+            formed = torch.linalg.vector_norm(torch.matmul(left.mT, right).flatten(1), dim=1)
+            error = ROUNDING * torch.finfo(formed.dtype).eps * row_norm(left) * row_norm(right)
+            parts.append((formed + error).square())
+        return torch.cat(parts) if parts else self._none()
+
+    def _none(self) -> Tensor:
+        return torch.zeros(0, dtype=accumulator_dtype(self.left.dtype), device=self.left.device)
+
+    def inner(self, direction: Tensor) -> Tensor:
+        """(B,), without forming any example's gradient."""
+        left, right = widen(self.left), widen(self.right)
+        num_groups, num_out, num_in = left.shape[1], left.shape[3], right.shape[3]
+        lead = (self.num_examples,) if per_example(direction, self.shape) else ()
+        blocks = direction.reshape(*lead, num_groups, num_out, num_in).to(left.dtype)
+        return (torch.matmul(left, blocks) * right).flatten(1).sum(1)
+
+    def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
+        """(*shape), as one matrix product per group over all examples and positions."""
+        left, right = widen(self.left), widen(self.right)
+        scale = weights.to(left.dtype).view(-1, 1, 1, 1)
+        if left.shape[-1] <= right.shape[-1]:
+            left = left * scale
+        else:
+            right = right * scale
+        num_groups = left.shape[1]
+        if num_groups == 1:
+            flat_left, flat_right = left.flatten(0, 2), right.flatten(0, 2)
+            if into is not None and into.is_contiguous():
+                into.view(flat_left.shape[1], flat_right.shape[1]).addmm_(flat_left.T, flat_right)
+                return into
+            total = flat_left.T @ flat_right
+        else:
+            total = torch.einsum("bktp,bktd->kpd", left, right)
+        total = total.reshape(self.shape)
+        return total if into is None else into.add_(total)
+
+    def masked(self, keep: Tensor) -> Outer:
+        """Gradients of examples outside `keep` set to zero."""
+        return Outer(kept(self.left, keep), kept(self.right, keep), self.shape)

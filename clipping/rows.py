@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a table: the gradients of embeddings, without a one-hot.
+
+Shapes: B examples, T positions, D width, V rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipping.grads import kept, per_example, rounded_up, row_sq_norm, widen
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows added to a table: gradient[indices[t]] += values[t]. Indices (B, T), values (B, T, D), V rows."""
+
+    indices: Tensor
+    values: Tensor
+    num_rows: int
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(V, D)."""
+        return torch.Size((self.num_rows, self.values.shape[-1]))
+
+    def dense(self) -> Tensor:
+        """(B, V, D)."""
+        values = widen(self.values)
+        out = values.new_zeros(self.num_examples, *self.shape)
+        index = self.indices.unsqueeze(-1).expand_as(values)
+        return out.scatter_add_(1, index, values)
+
+    def sq_norm(self) -> Tensor:
+        """(B,): rows of one index are summed first, at O(T log T + T D) and no one-hot."""
+        values = widen(self.values)
+        num_examples, num_positions, width = values.shape
+        if num_positions == 1 or num_examples == 0:
+            return row_sq_norm(values)
+        order = self.indices.argsort(dim=1)
+        ordered = self.indices.gather(1, order)
+        changes = torch.zeros_like(ordered)
+        changes[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+        segment = torch.empty_like(ordered).scatter_(1, order, changes.cumsum(1))
+        sums = values.new_zeros(num_examples, num_positions, width)
+        sums.scatter_add_(1, segment.unsqueeze(-1).expand_as(values), values)
+        return rounded_up(row_sq_norm(sums), row_sq_norm(values))
+
+    def inner(self, direction: Tensor) -> Tensor:
+        """(B,)."""
+        values = widen(self.values)
+        if per_example(direction, self.shape):
+            picked = direction.gather(1, self.indices.unsqueeze(-1).expand_as(values))
+        else:
+            picked = direction[self.indices]
+        return (values * picked.to(values.dtype)).flatten(1).sum(1)
+
+    def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
+        """(V, D)."""
+        values = widen(self.values)
+        scaled = values * weights.to(values.dtype).view(-1, 1, 1)
+        total = values.new_zeros(self.shape) if into is None else into
+        return total.index_add_(0, self.indices.flatten(), scaled.flatten(0, 1))
+
+    def masked(self, keep: Tensor) -> Rows:
+        """Gradients of examples outside `keep` set to zero."""
+        return Rows(self.indices, kept(self.values, keep), self.num_rows)

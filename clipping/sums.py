@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of structures over one parameter: layers used twice, and tied weights with their exact cross terms.
+
+Shapes: B examples, T positions, P outputs, D inputs, V rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from clipping.grads import Dense, SampleGrads, chunks, rounded_up, widen
+from clipping.outer import Outer
+from clipping.rows import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """The sum of different structures over the same parameter: an embedding tied to the output head."""
+
+    parts: tuple[SampleGrads, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return self.parts[0].num_examples
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter."""
+        return self.parts[0].shape
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total = total + part.dense()
+        return total
+
+    def sq_norm(self) -> Tensor:
+        """(B,), with the exact cross terms: |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>."""
+        largest = self.parts[0].sq_norm()
+        for part in self.parts[1:]:
+            largest = largest + part.sq_norm()
+        total = largest
+        for first, second in combinations(self.parts, 2):
+            total = total + 2 * cross(first, second)
+        return rounded_up(total, largest)
+
+    def inner(self, direction: Tensor) -> Tensor:
+        """(B,)."""
+        total = self.parts[0].inner(direction)
+        for part in self.parts[1:]:
+            total = total + part.inner(direction)
+        return total
+
+    def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
+        """(*shape)."""
+        for part in self.parts:
+            into = part.weighted_sum(weights, into)
+        assert into is not None
+        return into
+
+    def masked(self, keep: Tensor) -> Sum:
+        """Gradients of examples outside `keep` set to zero."""
+        return Sum(tuple(part.masked(keep) for part in self.parts))
+
+
+def cross(first: SampleGrads, second: SampleGrads) -> Tensor:
+    """(B,): inner product, example by example, of two structures over the same parameter."""
+    match first, second:
+        case Outer(), Rows():
+            return _cross_outer_rows(first, second)
+        case Rows(), Outer():
+            return _cross_outer_rows(second, first)
+        case Dense(), _:
+            return second.inner(widen(first.values))
+        case _, Dense():
+            return first.inner(widen(second.values))
+        case _:
+            return first.inner(second.dense())
+
+
+def _cross_outer_rows(outer: Outer, rows: Rows) -> Tensor:
+    # <sum_t l_t r_t^T, sum_s e_{v_s} z_s^T> = sum_{t,s} l_t[v_s] <r_t, z_s>: a gather and one product, no one-hot.
+    num_positions = max(outer.left.shape[2], rows.indices.shape[1])
+    parts = []
+    for part in chunks(outer.num_examples, 2 * num_positions * num_positions):
+        left, right = outer.left[part][:, 0], widen(outer.right[part][:, 0])
+        index = rows.indices[part].unsqueeze(1).expand(-1, left.shape[1], -1)
+        picked = widen(left.gather(2, index))
+        parts.append((picked * torch.matmul(right, widen(rows.values[part]).mT)).flatten(1).sum(1))
+    return torch.cat(parts) if parts else outer._none()
+
+
+def add(first: SampleGrads, second: SampleGrads) -> SampleGrads:
+    """The sum of two structures over the same parameter: a layer used twice, or a tied weight.
+
+    Structures of one kind merge (more positions, or a sum); different kinds become a `Sum` with at most one
+    member of each kind, whose norm has the exact cross term.
+    """
+    if first.num_examples != second.num_examples or first.shape != second.shape:
+        raise ValueError(
+            "expected gradients of one parameter for the same examples; got "
+            f"{first.num_examples} examples of {tuple(first.shape)} and {second.num_examples} of "
+            f"{tuple(second.shape)}; use every shared layer with the whole batch in its first dimension"
+        )
+    if isinstance(second, Sum):
+        for part in second.parts:
+            first = add(first, part)
+        return first
+    if isinstance(first, Sum):
+        return _add_part(first, second)
+    merged = _merge(first, second)
+    return Sum((first, second)) if merged is None else merged
+
+
+def _add_part(total: Sum, part: SampleGrads) -> Sum:
+    for index, member in enumerate(total.parts):
+        merged = _merge(member, part)
+        if merged is not None:
+            return Sum((*total.parts[:index], merged, *total.parts[index + 1 :]))
+    return Sum((*total.parts, part))
+
+
+def _merge(first: SampleGrads, second: SampleGrads) -> SampleGrads | None:
+    match first, second:
+        case Dense(), Dense():
+            return Dense(widen(first.values) + widen(second.values))
+        case Outer(), Outer() if first.left.shape[1] == second.left.shape[1]:
+            left = torch.cat((first.left, second.left), 2)
+            return Outer(left, torch.cat((first.right, second.right), 2), first.shape)
+        case Rows(), Rows():
+            indices = torch.cat((first.indices, second.indices), 1)
+            return Rows(indices, torch.cat((first.values, second.values), 1), first.num_rows)
+        case _:
+            return None
