@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the familiar door is given, and what of it is refused: rather an error than a guess."""
+"""What the doors are given, and what of it is refused: rather an error than a guess."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipping import Clipper, FlatClipper, per_layer, per_parameter
+from clipping import Clipper, FlatClipper, Inputs, per_layer, per_parameter
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
 
@@ -92,3 +92,16 @@ def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             "model's own loss averages over the tokens of the whole batch, so examples rescale each other; compute "
             "dpopt.causal_lm_losses(logits, labels).mean() instead"
         )
+
+
+def model_inputs(given: Tensor | tuple | Mapping[str, object] | None, model: nn.Module) -> Inputs | None:
+    """What the probe at construction feeds the model: `given`, or what a transformers model brings, or nothing."""
+    if isinstance(given, Mapping):
+        return Inputs((), given)
+    if given is not None:
+        return Inputs(given if isinstance(given, tuple) else (given,), {})
+    dummy = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummy, Mapping) or "input_ids" not in dummy:
+        return None
+    device = next(model.parameters()).device
+    return Inputs((), {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()})

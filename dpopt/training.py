@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from accountants import Bound, Event, Ledger, accountant
 from accountants.calibrate import num_steps
-from clipping import Clipper, Inputs, examine
+from clipping import Clipper, examine
+from dpopt.arguments import model_inputs
 from dpopt.budget import Budget, BudgetExhausted
 from dpopt.mechanisms import Mechanism
 from dpopt.randomness import generator, insecure_key, secret_key
@@ -40,15 +41,6 @@ def default_ledger() -> Path:
     while (path := DEFAULT_LEDGERS / f"run-{number:04d}.jsonl").exists():
         number += 1
     return path
-
-
-def _inputs(example_inputs: Tensor | tuple | Mapping[str, object] | None, model: nn.Module) -> Inputs | None:
-    if example_inputs is None:
-        dummy = getattr(model, "dummy_inputs", None)  # transformers models bring their own
-        return Inputs((), dummy) if isinstance(dummy, Mapping) and "input_ids" in dummy else None
-    if isinstance(example_inputs, Mapping):
-        return Inputs((), example_inputs)
-    return Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
 
 
 class PrivateTraining:
@@ -95,7 +87,7 @@ class PrivateTraining:
         insecure_seed: int | None = None,
     ) -> None:
         refuse_distributed()
-        examine(model, _inputs(example_inputs, model), batch_dim=batch_dim)
+        examine(model, model_inputs(example_inputs, model), batch_dim=batch_dim)
         self.model = model
         self.mechanism = mechanism
         self.sampling = sampling
@@ -188,10 +180,11 @@ class PrivateTraining:
         self._drawn += 1
         return self.sampling.draw(num_records, generator(self._key, "sampling", self._drawn))
 
-    def batches(self, dataset: Records[object] | Sequence[object], *, steps: int) -> Iterator[Batch]:
-        """Draw `steps` batches of `dataset`; release each of them before asking for the next."""
-        self._check_affordable(steps)
-        for _ in range(steps):
+    def batches(
+        self, dataset: Records[object] | Sequence[object], *, steps: int | None = None
+    ) -> Iterator[Batch]:
+        """Draw `steps` batches of `dataset` (default: all that the budget affords); release each before the next."""
+        for _ in range(self._checked_steps(steps)):
             indices = self.draw(len(dataset))
             self.sum.begin(len(indices))
             yield Batch(tuple(dataset[i] for i in indices))
@@ -272,9 +265,15 @@ class PrivateTraining:
             raise self._exhausted(1)
         return self.steps + steps
 
-    def _check_affordable(self, steps: int) -> None:
-        if self._max_steps is not None and self.steps + steps > self._max_steps:
-            raise self._exhausted(steps)
+    def _checked_steps(self, steps: int | None) -> int:
+        wanted = self.steps_left if steps is None else steps
+        if wanted is None:
+            raise ValueError(
+                "expected a number of steps, or a budget that ends the run; got neither; pass steps="
+            )
+        if self._max_steps is not None and self.steps + wanted > self._max_steps:
+            raise self._exhausted(wanted)
+        return wanted
 
     def _exhausted(self, steps: int) -> BudgetExhausted:
         assert self.budget is not None

@@ -220,6 +220,19 @@ def test_budget_exhausted_before_the_first_step_and_for_too_many():
         explicit(mlp(), noise=0.0, budget=Budget(10.0, 1e-5)).__enter__()
 
 
+def test_a_run_entered_again_has_what_is_left_of_its_budget():
+    private = explicit(mlp(), noise=4.0, budget=Budget(10.0, 1e-5))
+    with private:
+        most = private.steps_left
+        for _ in private.batches([], steps=most // 2):
+            private.release()
+    with private:
+        assert private.steps_left == most - most // 2
+        for _ in private.batches([], steps=private.steps_left):
+            private.release()
+        assert private.steps_left == 0 and private.epsilon(1e-5) <= 10.0
+
+
 def test_a_continued_ledger_counts_the_earlier_charges(tmp_path):
     ledger, options = tmp_path / "ledger.jsonl", {"rate": 0.1, "noise": 1.0}
     with explicit(mlp(), ledger=ledger, **options) as private:
@@ -278,3 +291,20 @@ def test_mean_losses_take_the_same_per_example_losses():
 
 def test_a_batch_is_its_examples():
     assert [part for part in Batch((1, 2, 3)).split(2)] == [[1, 2], [3]]
+
+
+def test_batches_without_a_number_run_until_the_budget_is_spent():
+    with explicit(mlp(), noise=8.0, budget=Budget(3.0, 1e-5)) as private:
+        wanted = private.steps_left
+        taken = 0
+        for _ in private.batches(examples(8)):
+            private.release()
+            taken += 1
+        assert taken == wanted > 1 and private.steps_left == 0
+        with pytest.raises(BudgetExhausted, match="room for 0"):
+            next(private.batches(examples(8), steps=1))
+
+
+def test_batches_without_a_number_or_a_budget_are_refused():
+    with explicit(mlp()) as private, pytest.raises(ValueError, match="got neither; pass steps="):
+        next(private.batches(examples(8)))

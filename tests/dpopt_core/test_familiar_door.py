@@ -156,6 +156,10 @@ def test_two_engines_in_one_process():
 
 def test_a_deep_copy_of_the_attached_model_is_an_ordinary_model():
     engine, model, optimizer, loader = familiar(noise=1.0)
+    inputs, _ = next(iter(loader))
+    twin = copy.deepcopy(model)  # before the probe, inside a step
+    twin(inputs)
+    assert all(p.grad is None for p in twin.parameters())
     train(model, optimizer, loader)
     twin = copy.deepcopy(model)
     average = torch.optim.swa_utils.AveragedModel(model)

@@ -97,3 +97,18 @@ def test_workers_fetch_ahead_and_the_counts_stay_right(persistent):
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as small:
         train(model, optimizer, small)
     assert engine.training.ledger.num_charges == 18
+
+
+def test_parts_of_a_draw_never_apply_the_last_release_again():
+    """Without any zero_grad, the weights rest until the last part of each draw."""
+    engine, model, optimizer, loader = familiar(noise=1.0)
+    for _ in range(2):
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as small:
+            before = [p.detach().clone() for p in model.parameters()]
+            moved = []
+            for inputs, labels in small:
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                moved.append(not torch.equal(model[0].weight, before[0]))
+            assert moved == [False, False, True]
+    assert engine.training.ledger.num_charges == 2
