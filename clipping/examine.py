@@ -31,7 +31,9 @@ def _fault(module: nn.Module) -> str | None:
     """Why `module` cannot be trained privately, with the remedy; None where the list knows no reason."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
         return "it has no parameters before its first call; run the model once before making it private"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or not module.track_running_stats
+    ):
         return f"it normalises each example by the whole batch; {_BATCH_NORM}"
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return (
