@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tightest of the valid bounds, for parameters that were not chosen from outputs of the mechanism."""
 
-from accountants.closed import Leaves
 from accountants.curve import Bound, check_delta
 from accountants.events import Event, leaves
-from accountants.pld import PLDCurve
-from accountants.prv import LossCurve
+from accountants.pld import PLD
+from accountants.prv import PRV
 from accountants.rdp import RDP
 
 SCHEDULES = ("fixed", "public", "dp_history")
@@ -44,10 +43,9 @@ def best(event: Event, delta: float, *, schedule: str = "fixed") -> Bound:
             "which composing what happened is no bound (delta is exceeded 1.5 times); spend through a Filter"
         )
     check_delta(delta)
-    items: Leaves = leaves(event)
-    bounds = [PLDCurve(items).bound(delta)]
+    bounds = [PLD().curve(event).bound(delta)]
     if bounds[0].method == "rdp":
-        bounds.append(LossCurve(items).bound(delta))
-    elif bounds[0].method == "pld" and len(items) <= _FEW:
+        bounds.append(PRV().curve(event).bound(delta))
+    elif bounds[0].method == "pld" and len(leaves(event)) <= _FEW:
         bounds.append(RDP().curve(event).bound(delta))
     return min(bounds, key=lambda bound: bound.epsilon)

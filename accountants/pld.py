@@ -16,18 +16,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from accountants.closed import Leaves, added, closed_delta, closed_epsilon, multiplied, renyi_curve, total_mu
+from accountants.closed import Leaves, closed_delta, closed_epsilon, renyi_curve, total_mu
 from accountants.curve import (
     ADD_OR_REMOVE,
     FIXED_SCHEDULE,
     Bound,
-    check_count,
-    check_delta,
-    check_epsilon,
     rounded_up,
 )
 from accountants.direction import Direction, Steps
 from accountants.events import Event, Gaussian, PoissonSampled, leaves
+from accountants.lazy import LazyCurve, Pricing
 from accountants.loss import Step
 
 LOOSENESS = 1e-4
@@ -41,49 +39,20 @@ _TILT = 0.6  # the tilt, as a part of the slope of log delta
 
 
 @dataclass(frozen=True, slots=True)
-class PLDCurve:
-    """The composition of `leaves` (mechanism, count), held lazily: nothing is computed before a question.
-
-    Guarantees:
-        - never below the truth, in both directions of add-or-remove.
-        - order of composition irrelevant: leaves are merged and kept in canonical order.
-        - `bound(delta).method` says how a number was obtained: "closed form", "pld" or "rdp".
-    """
-
-    leaves: Leaves
-
-    def __add__(self, other: "PLDCurve", /) -> "PLDCurve":
-        return PLDCurve(added(self.leaves, other.leaves))
-
-    def __mul__(self, count: int, /) -> "PLDCurve":
-        check_count(count)
-        return PLDCurve(multiplied(self.leaves, count))
-
-    def epsilon(self, delta: float) -> float:
-        """Return the smallest epsilon >= 0 proven at `delta`."""
-        return self.bound(delta).epsilon
-
-    def bound(self, delta: float) -> Bound:
-        """Return `epsilon(delta)` with its method and assumptions."""
-        check_delta(delta)
-        return _bound(self.leaves, float(delta))
-
-    def delta(self, epsilon: float) -> float:
-        """Return the smallest delta proven at `epsilon`."""
-        check_epsilon(epsilon)
-        return _delta(self.leaves, float(epsilon))
-
-
-@dataclass(frozen=True, slots=True)
 class PLD:
-    """The tight accountant for a schedule fixed in advance: milliseconds to a second, within 0.1 %."""
+    """The tight accountant for a schedule fixed in advance: milliseconds to a second, within 0.1 %.
+
+    Guarantees (of its curves):
+        - never below the truth, in both directions of add-or-remove.
+        - `bound(delta).method` is "closed form", "pld" or "rdp".
+    """
 
     name: str = "pld"
     adaptive: bool = False
 
-    def curve(self, event: Event) -> PLDCurve:
+    def curve(self, event: Event) -> LazyCurve:
         """Price `event`; raises `UnpricedEvent`, naming the leaf."""
-        return PLDCurve(leaves(event))
+        return LazyCurve(leaves(event), Pricing(_bound, _delta))
 
 
 @lru_cache(maxsize=1024)

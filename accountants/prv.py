@@ -18,16 +18,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from accountants.closed import Leaves, added, closed_delta, closed_epsilon, multiplied, renyi_curve
+from accountants.closed import Leaves, closed_delta, closed_epsilon, renyi_curve
 from accountants.curve import (
     ADD_OR_REMOVE,
     FIXED_SCHEDULE,
     Bound,
-    check_count,
-    check_delta,
-    check_epsilon,
 )
 from accountants.events import Event, Gaussian, PoissonSampled, leaves
+from accountants.lazy import LazyCurve, Pricing
 from accountants.loss import Step, compose
 from accountants.rdp import RenyiCurve, renyi
 
@@ -44,49 +42,20 @@ _REMOVE = "the remove-one loss dominates the add-one loss under composition (no 
 
 
 @dataclass(frozen=True, slots=True)
-class LossCurve:
-    """The composition of `leaves` (mechanism, count), held lazily: nothing is computed before a question.
-
-    Guarantees:
-        - never below the truth, and never above the Renyi bound of the same leaves.
-        - order of composition irrelevant: leaves are merged and kept in canonical order.
-        - `bound(delta).method` says how a number was obtained: "closed form", "prv" or "rdp".
-    """
-
-    leaves: Leaves
-
-    def __add__(self, other: "LossCurve", /) -> "LossCurve":
-        return LossCurve(added(self.leaves, other.leaves))
-
-    def __mul__(self, count: int, /) -> "LossCurve":
-        check_count(count)
-        return LossCurve(multiplied(self.leaves, count))
-
-    def epsilon(self, delta: float) -> float:
-        """Return the smallest epsilon >= 0 proven at `delta`."""
-        return self.bound(delta).epsilon
-
-    def bound(self, delta: float) -> Bound:
-        """Return `epsilon(delta)` with its method and assumptions."""
-        check_delta(delta)
-        return _bound(self.leaves, float(delta))
-
-    def delta(self, epsilon: float) -> float:
-        """Return the smallest delta proven at `epsilon`."""
-        check_epsilon(epsilon)
-        return _delta(self.leaves, float(epsilon))
-
-
-@dataclass(frozen=True, slots=True)
 class PRV:
-    """The Fourier accountant: seconds for a schedule fixed in advance, tight to 0.01 in epsilon."""
+    """The Fourier accountant: seconds for a schedule fixed in advance, tight to 0.01 in epsilon.
+
+    Guarantees (of its curves):
+        - never below the truth, and never above the Renyi bound of the same leaves.
+        - `bound(delta).method` is "closed form", "prv" or "rdp".
+    """
 
     name: str = "prv"
     adaptive: bool = False
 
-    def curve(self, event: Event) -> LossCurve:
+    def curve(self, event: Event) -> LazyCurve:
         """Price `event`; raises `UnpricedEvent`, naming the leaf."""
-        return LossCurve(leaves(event))
+        return LazyCurve(leaves(event), Pricing(_bound, _delta))
 
 
 @lru_cache(maxsize=1024)
