@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tightest of the valid bounds, for parameters that were not chosen from outputs of the mechanism."""
 
-from accountants.curve import Bound, check_delta
-from accountants.events import Event
+from accountants.curve import Accountant, Bound, check_delta
+from accountants.events import Event, leaves
+from accountants.feedback import FeedbackPricing
 from accountants.pld import PLD
 from accountants.prv import PRV
 from accountants.rdp import RDP
@@ -45,10 +46,13 @@ def best(event: Event, delta: float, *, schedule: str = "fixed", relation: str =
             "which composing what happened is no bound (delta is exceeded 1.5 times); spend through a Filter"
         )
     check_delta(delta)
-    curve = PLD(relation=relation).curve(event)
-    bounds = [curve.bound(delta)]
+    bounds = [_bound(PLD(relation=relation), event, delta)]
     if bounds[0].method == "rdp":
-        bounds.append(PRV(relation=relation).curve(event).bound(delta))
-    elif bounds[0].method == "pld" and len(curve.leaves) <= _FEW:
-        bounds.append(RDP(relation=relation).curve(event).bound(delta))
+        bounds.append(_bound(PRV(relation=relation), event, delta))
+    elif bounds[0].method == "pld" and len(leaves(event)) <= _FEW:
+        bounds.append(_bound(RDP(relation=relation), event, delta))
     return min(bounds, key=lambda bound: bound.epsilon)
+
+
+def _bound(rule: Accountant, event: Event, delta: float) -> Bound:
+    return FeedbackPricing(rule).curve(event).bound(delta)

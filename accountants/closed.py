@@ -7,9 +7,10 @@ from collections import Counter
 from accountants.dots import FARTHEST
 from accountants.events import Gaussian, NonPrivate, PoissonSampled
 from accountants.gaussian import gaussian_delta, gaussian_epsilon, sampled_delta, sampled_epsilon, smallest
-from accountants.loss import Step
+from accountants.loss import SHIFTED, Step
 from accountants.rdp import ORDERS, RenyiCurve, renyi
 from accountants.relations import Pair, Pairs, merged
+from accountants.shifted import shifted_delta
 from accountants.swapped import swapped_delta
 
 Leaves = Pairs
@@ -37,7 +38,7 @@ def closed_epsilon(items: Leaves, delta: float) -> float | None:
             return sampled_epsilon(1 / s, q, delta)
         case ((Step() as step, 1),):
             found = (
-                smallest(lambda e: swapped_delta(step, e) <= delta, start=1.0) if delta > 1e-300 else math.inf
+                smallest(lambda e: _step_delta(step, e) <= delta, start=1.0) if delta > 1e-300 else math.inf
             )
             return found if found < FARTHEST else None
         case _ if any(isinstance(leaf, NonPrivate) for leaf, _ in items):
@@ -57,10 +58,14 @@ def closed_delta(items: Leaves, epsilon: float) -> float | None:
         case ((PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)), 1),):
             return sampled_delta(1 / s, q, epsilon)
         case ((Step() as step, 1),) if epsilon < FARTHEST:
-            return swapped_delta(step, epsilon)
+            return _step_delta(step, epsilon)
         case _:
             mu = total_mu(items)
             return None if mu is None else gaussian_delta(mu, epsilon)
+
+
+def _step_delta(step: Step, epsilon: float) -> float:
+    return (shifted_delta if step.pair == SHIFTED else swapped_delta)(step, epsilon)
 
 
 def total_mu(items: Leaves) -> float | None:

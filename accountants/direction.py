@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from accountants.dots import FARTHEST, Law, dots, reach
-from accountants.loss import ONE, Step
+from accountants.loss import ONE, SHIFTED, Step
 from accountants.outlook import Outlook, look
+from accountants.shifted import shifted_law, shifted_reach
 from accountants.swapped import swapped_law, swapped_reach
 from accountants.tilt import Tail, compose
 
@@ -79,9 +80,15 @@ class Direction:
 
 
 def _law(step: Step, removed: bool, mesh: float, ends: tuple[float, float]) -> Law:
+    if step.pair == SHIFTED:
+        return shifted_law(step, removed, mesh, ends)
     return dots(step, removed, mesh, ends) if step.pair == ONE else swapped_law(step, mesh, ends)
 
 
 def _reach(steps: list[Step], removed: bool, mass: float) -> list[tuple[float, float]]:
     ones = iter(reach([step for step in steps if step.pair == ONE], removed, mass))
-    return [next(ones) if step.pair == ONE else swapped_reach(step, mass) for step in steps]
+    return [next(ones) if step.pair == ONE else _other_reach(step, removed, mass) for step in steps]
+
+
+def _other_reach(step: Step, removed: bool, mass: float) -> tuple[float, float]:
+    return shifted_reach(step, removed, mass) if step.pair == SHIFTED else swapped_reach(step, mass)

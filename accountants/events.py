@@ -12,6 +12,7 @@ worth depends on which datasets are neighbours, which the accountant is told (`a
 | `TruncatedPoisson(q, m, n, e)` | the same, cut to m records chosen evenly; D has at most n records |
 | `FixedSize(b, n, e)` | e on b of the n records of D, chosen evenly without replacement |
 | `OncePerEpoch(k, how, e)` | k runs of e, on the parts of a partition of D (`BY_RECORD`, `BY_POSITION`) |
+| `HiddenFeedback(q, s, c, r)` | a Poisson sample's clipped sum, a clipped hidden error that the records left, noise |
 | `Repeated(e, n)` | n independent runs of e, each may look at the earlier outputs |
 | `Composed(events)` | all of them, one after the other, each may look at the earlier outputs |
 | `NonPrivate()` | anything: its epsilon is infinite |
@@ -146,6 +147,49 @@ class OncePerEpoch:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenFeedback:
+    """One step of error feedback whose error e is kept secret and never noised (DiceSGD, arXiv:2311.14632).
+
+    In units of the clipping threshold C1, with J a Poisson sample at `sampling_rate`:
+
+        release sum_J clip(g_i, 1) + clip(e, feedback) + N(0, noise_multiplier^2 I);
+        e <- e - clip(e, feedback) + sum_J r_i, from e = 0.
+
+    `noise_multiplier` is noise std / C1, `feedback` is C2 / C1, `residual` bounds |r_i| / C1 (None: nothing does).
+    Gradients may depend on released outputs, not on e. Steps that share an error with a bounded residual keep
+    C1, C2, the residual and the noise std: where one of them changes, e starts from 0 again.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    feedback: float
+    residual: float | None
+
+    def __post_init__(self) -> None:
+        _check_rate(self.sampling_rate)
+        s, c, r = self.noise_multiplier, self.feedback, self.residual
+        _require(
+            _is_real(s) and s >= 0,
+            "noise_multiplier",
+            "a finite number >= 0",
+            s,
+            "pass noise std / threshold",
+        )
+        _require(
+            _is_real(c) and c > 0,
+            "feedback",
+            "a finite number > 0",
+            c,
+            "pass C2 / C1, or PoissonSampled for 0",
+        )
+        ok = r is None or (_is_real(r) and r > 0)
+        _require(ok, "residual", "a finite number > 0 or None", r, "pass the bound on one residual / C1")
+        for name in ("sampling_rate", "noise_multiplier", "feedback"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "residual", None if r is None else float(r))
+
+
+@dataclass(frozen=True, slots=True)
 class Repeated:
     """`count` runs of `event` with fresh randomness."""
 
@@ -179,13 +223,14 @@ class NonPrivate:
     """A release without any privacy guarantee: epsilon is infinite for every delta below one."""
 
 
-Leaf = Gaussian | PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch | NonPrivate
+Leaf = Gaussian | PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch | HiddenFeedback | NonPrivate
 Event = Leaf | Repeated | Composed
 
 _KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
-        Gaussian, PoissonSampled, TruncatedPoisson, FixedSize, OncePerEpoch, Repeated, Composed, NonPrivate
+        Gaussian, PoissonSampled, TruncatedPoisson, FixedSize, OncePerEpoch, HiddenFeedback, Repeated, Composed,
+        NonPrivate
     )
 }  # fmt: skip
 
@@ -256,14 +301,18 @@ def leaves(event: Event) -> tuple[tuple[Leaf, int], ...]:
 
 def _walk(event: Event, count: int, path: str) -> Iterator[tuple[Leaf, int]]:
     match event:
-        case Gaussian(noise_multiplier=s):
-            yield (Gaussian(s) if s > 0 else NonPrivate()), count
-        case NonPrivate():
+        case (
+            PoissonSampled(sampling_rate=0)
+            | TruncatedPoisson(sampling_rate=0)
+            | HiddenFeedback(sampling_rate=0)
+        ):
+            return
+        case Gaussian(noise_multiplier=0) | HiddenFeedback(noise_multiplier=0):
+            yield NonPrivate(), count
+        case Gaussian() | HiddenFeedback() | NonPrivate():
             yield event, count
         case PoissonSampled(sampling_rate=1, event=inner):
             yield from _walk(inner, count, f"{path}.PoissonSampled.event")
-        case PoissonSampled(sampling_rate=0) | TruncatedPoisson(sampling_rate=0):
-            return
         case TruncatedPoisson(max_batch_size=m, num_records=n) if m >= n:
             yield from _walk(PoissonSampled(event.sampling_rate, event.event), count, path)
         case PoissonSampled() | TruncatedPoisson() | FixedSize() | OncePerEpoch():
@@ -285,6 +334,12 @@ def _sampled(event: PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch
             return NonPrivate()
         case Gaussian():
             return event
+        case HiddenFeedback() as inner:
+            raise UnpricedEvent(
+                f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}, whose error is shared by all "
+                "steps and comes back whoever is sampled: nothing amplifies it; charge HiddenFeedback itself, which "
+                "holds the sampling rate of its records"
+            )
         case inner:
             raise UnpricedEvent(
                 f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}; draw a fresh sample for each "

@@ -13,6 +13,7 @@ from accountants.events import (
     Event,
     FixedSize,
     Gaussian,
+    HiddenFeedback,
     NonPrivate,
     OncePerEpoch,
     PoissonSampled,
@@ -21,6 +22,7 @@ from accountants.events import (
 )
 
 _WHY = {
+    HiddenFeedback: "it has no event for an error that is kept between steps",
     OncePerEpoch: "it has no event for a partition of the records over an epoch",
     TruncatedPoisson: "its truncated sampling fixes the number of records, of which this event knows a bound",
 }

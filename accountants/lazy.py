@@ -42,6 +42,8 @@ class LazyCurve:
         return cls(pairs, pricing, relation, slip)
 
     def __add__(self, other: "LazyCurve", /) -> "LazyCurve":
+        if not isinstance(other, LazyCurve):
+            return NotImplemented
         if (other.pricing, other.relation) != (self.pricing, self.relation):
             raise ValueError(
                 "curves must come from one accountant and relation to be added; got two; price the composed event with "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-ONE, POISSON, FIXED = "one", "poisson", "fixed"
+ONE, POISSON, FIXED, SHIFTED = "one", "poisson", "fixed", "shifted"
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
@@ -30,12 +30,14 @@ class Step:
     """One step with noise multiplier s and sampling rate q (q = 1: the plain Gaussian).
 
     `pair` says what neighbours differ in: `ONE`, a record is there or not; `POISSON` or `FIXED`, it is replaced, in
-    a Poisson sample or in one of fixed size (`accountants.swapped`).
+    a Poisson sample or in one of fixed size (`accountants.swapped`); `SHIFTED`, it is there or not and moves the
+    output by `shift` besides, sampled or not (`accountants.shifted`).
     """
 
     noise_multiplier: float
     sampling_rate: float
     pair: str = ONE
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

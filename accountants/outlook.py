@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 
-from accountants.loss import ONE, Step, loss, position
+from accountants.loss import ONE, SHIFTED, Step, loss, position
+from accountants.shifted import shifted_nodes
 from accountants.swapped import swapped_nodes
 from accountants.tilt import Window
 
@@ -84,6 +85,8 @@ def look(steps: tuple[tuple[Step, int], ...], ends: list[tuple[float, float]], *
 
 def _row(step: Step, ends: tuple[float, float], removed: bool) -> tuple[Array, Array]:
     """Return losses and logarithms of P-masses at the nodes of one step."""
+    if step.pair == SHIFTED:
+        return shifted_nodes(step, ends, removed, _NODES)
     if step.pair != ONE:
         return swapped_nodes(step, ends, _NODES)
     s = step.noise_multiplier

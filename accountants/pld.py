@@ -11,7 +11,7 @@ taken if it is less, and `Bound.method` says so.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +21,7 @@ from accountants.curve import FIXED_SCHEDULE, Bound, rounded_up
 from accountants.direction import Direction, Steps
 from accountants.events import Event, Gaussian, PoissonSampled
 from accountants.lazy import LazyCurve, Pricing
-from accountants.loss import ONE, Step
+from accountants.loss import ONE, SHIFTED, Step
 from accountants.relations import ADD_REMOVE, Pair
 
 LOOSENESS = 1e-4
@@ -114,7 +114,7 @@ def _on_geometric_grid(steps: dict[Step, int], ratio: float) -> dict[Step, int]:
         high = (
             min(1 - 1e-12, math.exp(ratio * math.ceil(math.log(q) / ratio)) * (1 + 1e-12)) if several else q
         )
-        key = Step(low, max(q, high), step.pair)
+        key = replace(step, noise_multiplier=low, sampling_rate=max(q, high))
         rounded[key] = rounded.get(key, 0) + count
     return rounded
 
@@ -124,7 +124,7 @@ def _epsilon(steps: Steps, delta: float) -> tuple[float, bool]:
     found, sound = _epsilon_of(steps, delta, True, 0.0)
     if math.isinf(found):
         return found, sound
-    if all(step.pair != ONE or step.sampling_rate == 1 for step, _ in steps):
+    if all(step.pair not in (ONE, SHIFTED) or step.sampling_rate == 1 for step, _ in steps):
         return found, sound  # both directions are alike
     other, also = _epsilon_of(steps, delta, False, found)
     return max(found, other), sound and also
@@ -149,6 +149,8 @@ def _epsilon_of(steps: Steps, delta: float, removed: bool, known: float) -> tupl
             (guess, order), known, aim = side.outlook.at_delta(delta), 0.0, aim / 4
             continue
         slope = tail.slope(value)
+        if slope == 0:  # what is left lies beyond the window
+            return best, False
         guess, error, noise = value, side.error(mesh, slope), tail.noise_share(value) / slope
         loose = (error + noise) / value
         finished = kind is np.longdouble if noise > error else aim <= goal and mesh > 1.2 * asked

@@ -39,8 +39,9 @@ from accountants.curve import (
     spare,
 )
 from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled
-from accountants.loss import Step
+from accountants.loss import SHIFTED, Step
 from accountants.relations import ADD_REMOVE, RELATIONS, Pair, priced
+from accountants.shifted import shifted_log_moments
 from accountants.swapped import swapped_log_moments
 
 Array = NDArray[np.float64]
@@ -80,6 +81,8 @@ class RenyiCurve:
     slip: float = 0.0
 
     def __add__(self, other: "RenyiCurve", /) -> "RenyiCurve":
+        if not isinstance(other, RenyiCurve):
+            return NotImplemented
         if self.relation != other.relation:
             raise ValueError(
                 f"curves must be of one relation to be added; got {self.relation} and {other.relation}; price both anew"
@@ -162,6 +165,8 @@ def renyi(pair: Pair) -> Array:
         case PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)):
             with np.errstate(over="ignore", under="ignore"):
                 values = _sampled(s, q) * (1 + _SLACK) / (ORDERS - 1)
+        case Step(pair=kind) if kind == SHIFTED:
+            values = shifted_log_moments(pair, ORDERS) * (1 + _SLACK) / (ORDERS - 1)
         case Step():
             values = _swapped(pair) * (1 + _SLACK) / (ORDERS - 1)
         case _:

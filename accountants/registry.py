@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accountants by name. To add one: write its file, add one line here."""
+"""The accountants by name, each with hidden feedback around it. To add one: write its file, add one line here."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from accountants.curve import Accountant
+from accountants.feedback import FeedbackPricing
 from accountants.pld import PLD
 from accountants.prv import PRV
 from accountants.rdp import RDP
@@ -35,4 +36,4 @@ def accountant(name: str, relation: str = ADD_REMOVE) -> Accountant:
             f"accountant must be one of {sorted(ACCOUNTANTS)}; got {name!r}; choose 'prv' if unsure"
         )
     check_relation(relation)
-    return ACCOUNTANTS[name](relation)
+    return FeedbackPricing(ACCOUNTANTS[name](relation))

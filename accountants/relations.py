@@ -17,6 +17,7 @@ With contributions of norm <= 1 and s the noise multiplier:
 | `FixedSize` | refused | as replace-one | q D at s / 2 (`accountants.swapped`) |
 | `OncePerEpoch` `BY_RECORD` | Gaussian(s) | Gaussian(s) | Gaussian(s / 2) |
 | `OncePerEpoch` `BY_POSITION` | refused | Gaussian(s) | Gaussian(s / 2) |
+| `HiddenFeedback`, c = C2 / C1 | the shifted pair (`accountants.shifted`) | the same | Gaussian(s / (2 + 2 c)) |
 
 **Slip.** Let U be how many of the *other* records the Poisson coins choose, the same in D and D'. If U < m, nothing
 is cut whether the record in question is chosen or not: given the chosen ones, that is the Poisson step. So
@@ -49,6 +50,7 @@ from accountants.events import (
     Event,
     FixedSize,
     Gaussian,
+    HiddenFeedback,
     Leaf,
     NonPrivate,
     OncePerEpoch,
@@ -57,7 +59,7 @@ from accountants.events import (
     UnpricedEvent,
     leaves,
 )
-from accountants.loss import FIXED, POISSON, Step
+from accountants.loss import FIXED, POISSON, SHIFTED, Step
 
 ADD_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
 
@@ -69,7 +71,7 @@ RELATIONS: Mapping[str, str] = {
 """The relations by name, each with what it says on a bound."""
 
 Pair = Gaussian | PoissonSampled | Step | NonPrivate
-"""What is left to compose: under add-or-remove-one, or a `Step` with a record replaced."""
+"""What is left to compose: under add-or-remove-one, or a `Step` of another kind."""
 
 Pairs = tuple[tuple[Pair, int], ...]
 
@@ -158,6 +160,13 @@ def _once(leaf: OncePerEpoch, relation: str) -> tuple[Pair, float]:
     return _price_inner(leaf.event, relation)
 
 
+def _hidden(leaf: HiddenFeedback, relation: str) -> tuple[Pair, float]:
+    s, q, c = leaf.noise_multiplier, leaf.sampling_rate, leaf.feedback
+    if relation == REPLACE:  # all coins shown
+        return Gaussian(s / (2 + 2 * c) * (1 - 1e-15)), 0.0
+    return (Gaussian(s / (1 + 2 * c) * (1 - 1e-15)) if q == 1 else Step(s, q, SHIFTED, 2 * c)), 0.0
+
+
 def _price_inner(event: Event, relation: str) -> tuple[Pair, float]:
     assert isinstance(event, Gaussian)  # leaves() lets nothing else through
     return _gaussian(event, relation)
@@ -185,5 +194,6 @@ _PRICES: Mapping[type[Leaf], Callable[[Any, str], tuple[Pair, float]]] = {
     TruncatedPoisson: _truncated,
     FixedSize: _fixed_size,
     OncePerEpoch: _once,
+    HiddenFeedback: _hidden,
     NonPrivate: _free,
 }

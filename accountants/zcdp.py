@@ -24,7 +24,7 @@ from accountants.curve import (
     spare,
 )
 from accountants.events import Event, Gaussian, PoissonSampled
-from accountants.loss import Step
+from accountants.loss import SHIFTED, Step
 from accountants.relations import ADD_REMOVE, RELATIONS, Pair, priced
 
 
@@ -43,6 +43,8 @@ class ConcentratedCurve:
     slip: float = 0.0
 
     def __add__(self, other: "ConcentratedCurve", /) -> "ConcentratedCurve":
+        if not isinstance(other, ConcentratedCurve):
+            return NotImplemented
         if self.relation != other.relation:
             raise ValueError(
                 f"curves must be of one relation to be added; got {self.relation} and {other.relation}; price both anew"
@@ -114,6 +116,8 @@ def _rho(pair: Pair) -> float:
     match pair:
         case Gaussian(noise_multiplier=s) | PoissonSampled(event=Gaussian(noise_multiplier=s)):
             return 0.5 / s / s
+        case Step(noise_multiplier=s, pair=kind, shift=shift) if kind == SHIFTED:  # at distance 1 + shift
+            return (1 + shift) ** 2 / (2 * s) / s
         case Step(noise_multiplier=s):  # one record replaced: at distance 2
             return 2 / s / s
         case _:
