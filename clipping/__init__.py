@@ -3,6 +3,7 @@
 
 from clipping.clipped import ClippedSum, Group, sum_groups, zero_sum
 from clipping.clippers import AutomaticClipper, Clipper, FlatClipper, PerSampleAdaptiveClipper
+from clipping.contributions import Contribution, Count, Measured
 from clipping.convolved import Convolved
 from clipping.costs import Choice, Costs, measured
 from clipping.engines import Begin, Clipping, Collector, Gathering, Idle, Sums, explained
@@ -18,7 +19,7 @@ from clipping.groups import (
     per_layer,
     per_parameter,
 )
-from clipping.merging import Merging
+from clipping.merging import Held, Merging
 from clipping.named import CLIPPERS, check_clipping, named_clipper
 from clipping.outer import Outer
 from clipping.routed import Routed
@@ -39,15 +40,19 @@ __all__ = [
     "Clipper",
     "Clipping",
     "Collector",
+    "Contribution",
     "Convolved",
     "Costs",
+    "Count",
     "Dense",
     "FlatClipper",
     "Gathering",
     "Group",
     "GroupClipper",
+    "Held",
     "Idle",
     "Inputs",
+    "Measured",
     "Measuring",
     "Merging",
     "MixesExamples",

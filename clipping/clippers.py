@@ -48,7 +48,8 @@ class Clipper(Protocol):
         ...
 
 
-def _check_positive(name: str, value: float, remedy: str) -> None:
+def check_positive(name: str, value: float, remedy: str) -> None:
+    """Raise ValueError for a value that is not a finite number > 0."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a finite {name} > 0; got {value}; {remedy}")
 
@@ -56,16 +57,19 @@ def _check_positive(name: str, value: float, remedy: str) -> None:
 def check_clip_norm(clip_norm: float) -> None:
     """Raise ValueError for a clip norm that bounds nothing."""
     remedy = "choose the norm beyond which one example's gradient is scaled down (1.0 is a usual start)"
-    _check_positive("clip_norm", clip_norm, remedy)
+    check_positive("clip_norm", clip_norm, remedy)
 
 
-def _quotient(clip_norm: float, lengths: Tensor) -> Tensor:
+def quotient(clip_norm: float | Tensor, lengths: Tensor) -> Tensor:
+    """(B,): clip_norm / length, rounded down."""
     # Clip norm, quotient and this product are each rounded by half an epsilon at most. (A number divided by a
     # tensor would be a product with its reciprocal, which is rounded more coarsely beside the largest norms.)
-    return torch.full_like(lengths, clip_norm) / lengths * (1 - 4 * torch.finfo(lengths.dtype).eps)
+    top = clip_norm if isinstance(clip_norm, Tensor) else torch.full_like(lengths, clip_norm)
+    return top / lengths * (1 - 4 * torch.finfo(lengths.dtype).eps)
 
 
-def _kept(weights: Tensor, norms: Tensor) -> Tensor:
+def usable(weights: Tensor, norms: Tensor) -> Tensor:
+    """(B,): the weights, zero where a norm is not finite or a weight is too small to be exact."""
     # A weight below the smallest normal number is rounded by a tenth and more, up as well as down.
     keep = torch.isfinite(norms) & (weights >= torch.finfo(norms.dtype).tiny)
     return torch.where(keep, weights, torch.zeros_like(weights))
@@ -102,7 +106,7 @@ class FlatClipper:
 
     def weights(self, norms: Tensor, group: int = 0) -> Tensor:
         """(B,) norms to (B,) weights."""
-        return _kept(_quotient(self.clip_norm, norms).clamp_max(1), norms)
+        return usable(quotient(self.clip_norm, norms).clamp_max(1), norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ class AutomaticClipper:
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
-        _check_positive("gamma", self.gamma, "0.01 is usual, and a smaller one normalises shorter gradients")
+        check_positive("gamma", self.gamma, "0.01 is usual, and a smaller one normalises shorter gradients")
 
     @property
     def sensitivity(self) -> float:
@@ -142,7 +146,7 @@ class AutomaticClipper:
     def weights(self, norms: Tensor, group: int = 0) -> Tensor:
         """(B,) norms to (B,) weights."""
         lengths = norms + self.gamma
-        return _kept(_quotient(self.clip_norm, lengths.clamp_min(SHORTEST)), norms)
+        return usable(quotient(self.clip_norm, lengths.clamp_min(SHORTEST)), norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ class PerSampleAdaptiveClipper:
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
-        _check_positive("r", self.r, "0.1 is usual, and a smaller one normalises shorter gradients")
+        check_positive("r", self.r, "0.1 is usual, and a smaller one normalises shorter gradients")
 
     @property
     def sensitivity(self) -> float:
@@ -182,4 +186,4 @@ class PerSampleAdaptiveClipper:
     def weights(self, norms: Tensor, group: int = 0) -> Tensor:
         """(B,) norms to (B,) weights."""
         lengths = norms + self.r / (norms + self.r).clamp_min(SHORTEST)
-        return _kept(_quotient(self.clip_norm, lengths.clamp_min(SHORTEST)), norms)
+        return usable(quotient(self.clip_norm, lengths.clamp_min(SHORTEST)), norms)

@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipping.costs import Sizes
-from clipping.grads import ROUNDING, accumulator_dtype, chunks, kept, per_example, row_norm, widen
+from clipping.grads import (
+    ROUNDING,
+    accumulator_dtype,
+    chunks,
+    kept,
+    per_example,
+    rounding_of,
+    row_norm,
+    widen,
+)
 from clipping.outer import Outer
 
 MIN_CHANNELS = 16
@@ -117,7 +126,7 @@ class Convolved:
         elements = num_positions * num_in if gram else self.shape.numel()
         parts = []
         for part in chunks(self.num_examples, num_groups * elements):
-            some = Convolved(self.values[part], self.grad[part], self.shape, self.geometry)
+            some = self.part(part)
             parts.append(some.outer().sq_norm() if gram else some._formed_sq_norm())
         if parts:
             return torch.cat(parts)
@@ -125,13 +134,13 @@ class Convolved:
 
     def _formed_sq_norm(self) -> Tensor:
         formed = row_norm(self.dense())
-        # A patch holds an input number at most once for each element of the kernel.
-        largest = math.sqrt(math.prod(self.geometry.kernel)) * row_norm(self.values) * row_norm(self.grad)
-        return (formed + ROUNDING * torch.finfo(formed.dtype).eps * largest).square()
+        return (formed + ROUNDING * torch.finfo(formed.dtype).eps * self._terms()).square()
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,), as one convolution of the input with the direction."""
         values, grad, groups = widen(self.values), widen(self.grad), self.geometry.groups
+        if self.num_examples == 0:
+            return grad.new_zeros(0)
         weight = direction.to(values.dtype)
         if per_example(direction, self.shape):
             groups *= self.num_examples
@@ -155,3 +164,16 @@ class Convolved:
     def masked(self, keep: Tensor) -> Convolved:
         """Gradients of examples outside `keep` set to zero."""
         return Convolved(kept(self.values, keep), kept(self.grad, keep), self.shape, self.geometry)
+
+    def part(self, examples: slice) -> Convolved:
+        """Gradients of a slice of the batch."""
+        return Convolved(self.values[examples], self.grad[examples], self.shape, self.geometry)
+
+    def rounding(self) -> Tensor:
+        """(B,): relative to |output gradient| |patches|."""
+        return rounding_of(self._terms(), self.shape[1:].numel())
+
+    def _terms(self) -> Tensor:
+        # A patch holds an input number at most once for each element of the kernel.
+        repeats = math.sqrt(math.prod(self.geometry.kernel))
+        return repeats * row_norm(self.values) * row_norm(self.grad)

@@ -21,11 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clipping.clippers import Clipper
+from clipping.contributions import Contribution, Measured
 from clipping.costs import DEFAULT, Choice, Costs, settled
 from clipping.grads import SampleGrads
 from clipping.grams import Workspace
 from clipping.outer import Outer
+from clipping.shifted import Shifted
 
 
 class Collector(Protocol):
@@ -76,16 +77,18 @@ class Gathering:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """What all backwards of a step share: where clipped gradients go, under which clipper and groups.
+    """What all backwards of a step share: where clipped gradients go, as what contribution, under which groups.
 
     `mean` says that a backward starts from the mean of its examples' losses: recorded gradients are then
-    multiplied by B. `choices` tells which path each parameter took last.
+    multiplied by B. `keep` (B,) says which rows of this backward are examples; the rest fill a fixed shape up.
+    `choices` tells which path each parameter took last.
     """
 
-    clipper: Clipper
+    contribution: Contribution
     groups: tuple[tuple[str, ...], ...]
     mean: bool = False
     costs: Costs = DEFAULT
+    keep: Tensor | None = None
     totals: dict[str, Tensor] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     space: Workspace = field(default_factory=Workspace)
@@ -99,31 +102,58 @@ class Sums:
         """What turns a recorded gradient into that of the example's own loss."""
         return float(num_examples) if self.mean else 1.0
 
-    def measured(self, squares: list[Tensor], row: int, num_examples: int) -> Tensor:
-        """(B,) weights of group `row` from the squared norms of its parameters; 0 where one is not finite.
+    def moved(self, name: str, grads: SampleGrads, num_examples: int) -> SampleGrads:
+        """The gradients that are clipped."""
+        move = self.contribution.moved
+        return grads if move is None else move(name, grads, self.scale(num_examples))
+
+    def measured(self, squares: list[Tensor], row: int, num_examples: int) -> Measured:
+        """What each example adds of group `row`, from the squared norms of its parameters; 0 where not finite.
 
         Guarantees
         ----------
-        Each example's weighted gradients, over all groups, have norm at most `clipper.sensitivity`; one whose
-        norm is not finite in a group adds nothing there, and leaves the other examples as they are
-        (test_guarantee_one_example_moves_the_sum_by_at_most_the_sensitivity).
+        Each example's weighted gradients, over all groups of one sum, have norm at most its clipper's sensitivity;
+        one whose norm is not finite in a group, or which is not in `keep`, adds nothing there, and leaves the other
+        examples as they are (test_guarantee_one_example_moves_the_sum_by_at_most_the_sensitivity).
         """
         scale = self.scale(num_examples)
         norms = _total(squares, num_examples).sqrt_() * scale
-        return torch.where(torch.isfinite(norms), self.clipper.weights(norms, row) * scale, 0.0)
+        real = torch.isfinite(norms)
+        if self.keep is not None:
+            real &= self.keep.to(norms.device)
+        weights = {
+            prefix: torch.where(real, clipper.weights(norms, row) * scale, 0.0)
+            for prefix, clipper in self.contribution.clippers.items()
+        }
+        counts = {
+            name: torch.where(real.unsqueeze(1), count.values(norms), 0.0)
+            for name, count in self.contribution.counts.items()
+            if count.row == row
+        }
+        return Measured(weights, counts)
 
-    def add(self, name: str, grads: SampleGrads, weights: Tensor, finite: Tensor | None) -> None:
-        """Add a weighted gradient to the totals; `finite` (B,) masks examples, None where all are finite."""
+    def add(self, name: str, grads: SampleGrads, measured: Measured, finite: Tensor | None) -> None:
+        """Add the weighted gradients of a parameter to the totals; `finite` (B,) masks examples, None: all are."""
         if finite is not None:
             grads = grads.masked(finite)
-        space = (self.space,) if isinstance(grads, Outer) else ()
-        total = grads.weighted_sum(weights, self.totals.get(name), *space)
-        if total.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"expected the sum of {name!r} in float32 or float64; got {total.dtype}, which rounds away what norms "
-                "promise; let its rule return gradients in full precision (clipping.grads.widen)"
-            )
-        self.totals[name] = total
+        for prefix, weights in measured.weights.items():
+            key = prefix + name
+            total = _weighted_sum(grads, weights, self.totals.get(key), self.space)
+            if total.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"expected the sum of {name!r} in float32 or float64; got {total.dtype}, which rounds away what "
+                    "norms promise; let its rule return gradients in full precision (clipping.grads.widen)"
+                )
+            self.totals[key] = total
+        if self.contribution.seen is not None:
+            self.contribution.seen(name, grads, measured.weights[""])
+
+    def count(self, measured: Measured) -> None:
+        """Add the numbers of each example to the totals."""
+        for name, values in measured.counts.items():
+            known = self.totals.get(name)
+            total = values.sum(0)
+            self.totals[name] = total if known is None else known + total
 
 
 def explained(sums: Sums) -> str:
@@ -136,7 +166,7 @@ def explained(sums: Sums) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join((*(x.ljust(w) for x, w in zip(row, widths, strict=False)), row[3])) for row in rows]
     costs = f"traffic {sums.costs.traffic:g} multiply-adds a number, memory cap x{sums.costs.keep_memory:g}"
-    return "\n".join([*lines, f"({type(sums.clipper).__name__}; {costs})"])
+    return "\n".join([*lines, f"({type(sums.contribution.clipper).__name__}; {costs})"])
 
 
 def _total(squares: list[Tensor], num_examples: int) -> Tensor:
@@ -149,7 +179,13 @@ def _total(squares: list[Tensor], num_examples: int) -> Tensor:
 
 def sq_norm(grads: SampleGrads, space: Workspace) -> Tensor:
     """(B,) squared norms, through the Gram that layers share where there is one."""
-    return grads.sq_norm(space) if isinstance(grads, Outer) else grads.sq_norm()
+    return grads.sq_norm(space) if isinstance(grads, Outer | Shifted) else grads.sq_norm()
+
+
+def _weighted_sum(grads: SampleGrads, weights: Tensor, into: Tensor | None, space: Workspace) -> Tensor:
+    if isinstance(grads, Outer | Shifted):
+        return grads.weighted_sum(weights, into, space)
+    return grads.weighted_sum(weights, into)
 
 
 class Clipping:
@@ -174,7 +210,8 @@ class Clipping:
         """Measure; clip the group where this was its last parameter."""
         row = self._sums.rows[name]
         held = self._held[row]
-        held[name], self._sums.choices[name] = settled(grads, self._sums.costs)
+        settled_grads, self._sums.choices[name] = settled(grads, self._sums.costs)
+        held[name] = self._sums.moved(name, settled_grads, num_examples)
         self._squares[row].append(sq_norm(held[name], self._sums.space))
         # One group is left to the end of the backward: until then a failure costs nothing.
         if len(self._held) > 1 and all(
@@ -200,19 +237,20 @@ class Clipping:
         held, self._held[row] = self._held[row], {}
         if not held:
             return
-        weights = self._sums.measured(squares, row, num_examples)
-        finite = masked(weights, wait=len(self._held) == 1)
+        measured = self._sums.measured(squares, row, num_examples)
+        finite = masked(measured, wait=len(self._held) == 1)
+        self._sums.count(measured)
         for name in list(held):
-            self._sums.add(name, held.pop(name), weights, finite)
+            self._sums.add(name, held.pop(name), measured, finite)
 
 
-def masked(weights: Tensor, *, wait: bool) -> Tensor | None:
+def masked(measured: Measured, *, wait: bool) -> Tensor | None:
     """The examples to keep; None where none must be masked.
 
-    A zero weight does not stop NaN, so examples of weight 0 are masked. To ask a GPU whether there are any
+    A zero weight does not stop NaN, so examples whose weights are all 0 are masked. To ask a GPU whether there are any
     would stop its queue; inside the backward (`wait` False) it masks without asking.
     """
-    keep = weights > 0
-    if weights.device.type == "cpu" or wait:
+    keep = torch.stack(tuple(measured.weights.values())).amax(0) > 0
+    if keep.device.type == "cpu" or wait:
         return None if bool(keep.all()) else keep
     return keep

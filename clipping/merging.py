@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several backwards of the same examples, merged into one: row i of each is of example i.
+"""Several backwards of the same examples, merged into one: row i of each is of example i. And backwards kept.
 
 Shapes: B examples.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from clipping.engines import Collector
 from clipping.grads import SampleGrads
@@ -42,3 +44,25 @@ class Merging:
             name, grads = self._found.popitem()
             collector.ready(name, grads, num_examples)
         collector.complete(num_examples)
+
+
+class Held:
+    """What one backward delivered, kept so that it can be summed more than once; `keep` as in `Sums`."""
+
+    def __init__(self, found: dict[str, SampleGrads], num_examples: int, keep: Tensor | None = None) -> None:
+        self._found = found
+        self._num_examples = num_examples
+        self.keep = keep
+        self._left: set[str] = set()
+
+    def idle(self, name: str) -> bool:
+        """Whether nothing of `name` is left to be handed over in this round."""
+        return name not in self._left
+
+    def hand_over(self, collector: Collector) -> None:
+        """Give everything to `collector`, and keep it."""
+        self._left = set(self._found)
+        for name, grads in self._found.items():
+            self._left.discard(name)
+            collector.ready(name, grads, self._num_examples)
+        collector.complete(self._num_examples)

@@ -24,7 +24,9 @@ from clipping.grads import (
     kept,
     per_example,
     rounded_up,
+    rounding_of,
     row_norm,
+    row_sq_norm,
     widen,
 )
 from clipping.grams import Gram, Workspace, gram_product
@@ -36,6 +38,16 @@ def underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
     tiny = torch.finfo(left_trace.dtype).tiny
     low, high = torch.minimum(left_trace, right_trace), torch.maximum(left_trace, right_trace)
     return (low < tiny**0.75) & (high > tiny**-0.5)
+
+
+def _inner(first: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    first, second = widen(first), widen(second)
+    blocks = blocks.to(first.dtype)
+    if len(blocks) == 1 and blocks.dim() == 3:  # one product, where matmul would repeat the direction
+        moved = (first.flatten(0, 2) @ blocks[0]).view(second.shape)
+    else:
+        moved = torch.matmul(first, blocks)
+    return moved.mul_(second).flatten(1).sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +87,7 @@ class Outer:
         if num_positions == 0:
             return self._none().new_zeros(self.num_examples)
         if num_positions == 1:
-            left = torch.linalg.vector_norm(widen(self.left), dim=(2, 3)).square()
-            right = torch.linalg.vector_norm(widen(self.right), dim=(2, 3)).square()
+            left, right = (row_sq_norm(x.flatten(0, 1)).view(x.shape[:2]) for x in (self.left, self.right))
             return torch.where(underflows(left, right).any(1), torch.inf, (left * right).sum(1))
         if num_positions * (num_out + num_in) <= num_out * num_in:
             return self._ghost_sq_norm(space)
@@ -117,11 +128,19 @@ class Outer:
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,), without forming any example's gradient."""
-        left, right = widen(self.left), widen(self.right)
-        num_groups, num_out, num_in = left.shape[1], left.shape[3], right.shape[3]
-        lead = (self.num_examples,) if per_example(direction, self.shape) else ()
-        blocks = direction.reshape(*lead, num_groups, num_out, num_in).to(left.dtype)
-        return (torch.matmul(left, blocks) * right).flatten(1).sum(1)
+        each = per_example(direction, self.shape)
+        _, num_groups, num_positions, num_out = self.left.shape
+        num_in = self.right.shape[3]
+        lead = (self.num_examples,) if each else ()
+        blocks = direction.reshape(*lead, num_groups, num_out, num_in)
+        first, second = self.left, self.right
+        if num_out > num_in:  # the product over the shorter side, whose rounding grows with its length
+            first, second, blocks = second, first, blocks.mT
+        parts = [
+            _inner(first[part], second[part], blocks[part] if each else blocks)
+            for part in chunks(self.num_examples, num_groups * num_positions * max(num_out, num_in))
+        ]
+        return torch.cat(parts) if parts else self._none()
 
     def weighted_sum(
         self, weights: Tensor, into: Tensor | None = None, space: Workspace | None = None
@@ -151,3 +170,13 @@ class Outer:
     def masked(self, keep: Tensor) -> Outer:
         """Gradients of examples outside `keep` set to zero."""
         return Outer(kept(self.left, keep), kept(self.right, keep), self.shape)
+
+    def part(self, examples: slice) -> Outer:
+        """Gradients of a slice of the batch."""
+        return Outer(self.left[examples], self.right[examples], self.shape)
+
+    def rounding(self) -> Tensor:
+        """(B,): relative to |left| |right|, which bounds the terms by Cauchy and Schwarz."""
+        return rounding_of(
+            row_norm(self.left) * row_norm(self.right), min(self.left.shape[3], self.right.shape[3])
+        )

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipping.grads import accumulator_dtype, chunks, kept, per_example, rounded_up, widen
+from clipping.grads import (
+    accumulator_dtype,
+    chunks,
+    kept,
+    per_example,
+    rounded_up,
+    rounding_of,
+    row_norm,
+    widen,
+)
 from clipping.outer import underflows
 
 
@@ -89,3 +98,13 @@ class Routed:
     def masked(self, keep: Tensor) -> Routed:
         """Gradients of examples outside `keep` set to zero."""
         return Routed(self.experts, kept(self.left, keep), kept(self.right, keep), self.num_experts)
+
+    def part(self, examples: slice) -> Routed:
+        """Gradients of a slice of the batch."""
+        return Routed(self.experts[examples], self.left[examples], self.right[examples], self.num_experts)
+
+    def rounding(self) -> Tensor:
+        """(B,): relative to |left| |right|, which bounds the terms by Cauchy and Schwarz."""
+        # One expert after the other is added, and each is a sum by halves.
+        length = self.left.shape[2] + self.num_experts
+        return rounding_of(row_norm(self.left) * row_norm(self.right), length)

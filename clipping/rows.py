@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipping.grads import kept, per_example, rounded_up, row_sq_norm, widen
+from clipping.grads import kept, per_example, rounded_up, rounding_of, row_sq_norm, widen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,3 +73,11 @@ class Rows:
     def masked(self, keep: Tensor) -> Rows:
         """Gradients of examples outside `keep` set to zero."""
         return Rows(self.indices, kept(self.values, keep), self.num_rows)
+
+    def part(self, examples: slice) -> Rows:
+        """Gradients of a slice of the batch."""
+        return Rows(self.indices[examples], self.values[examples], self.num_rows)
+
+    def rounding(self) -> Tensor:
+        """(B,): relative to the sum of the norms of the values."""
+        return rounding_of(torch.linalg.vector_norm(widen(self.values), dim=2).sum(1), 1)

@@ -69,6 +69,17 @@ class Sum:
         """Gradients of examples outside `keep` set to zero."""
         return Sum(tuple(part.masked(keep) for part in self.parts))
 
+    def part(self, examples: slice) -> Sum:
+        """Gradients of a slice of the batch."""
+        return Sum(tuple(part.part(examples) for part in self.parts))
+
+    def rounding(self) -> Tensor:
+        """(B,): that of all parts together."""
+        total = self.parts[0].rounding()
+        for part in self.parts[1:]:
+            total = total + part.rounding()
+        return total
+
 
 def cross(first: SampleGrads, second: SampleGrads) -> Tensor:
     """(B,): inner product, example by example, of two structures over the same parameter."""

@@ -14,6 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from clipping.contributions import Measured
 from clipping.costs import Choice
 from clipping.engines import Sums, masked, sq_norm
 from clipping.grads import SampleGrads, row_norm
@@ -27,7 +28,8 @@ class Measuring:
         self._sums = sums
         self._squares: list[list[Tensor]] = [[] for _ in sums.groups]
         self.seen: dict[str, tuple[Tensor, ...]] = {}
-        self.weights: list[Tensor] = []
+        self.measured: list[Measured] = []
+        self.num_examples = 0
         self.done = False
         self.unit: object | None = None
         sums.space.forget()
@@ -38,13 +40,15 @@ class Measuring:
             "two backwards", f"{type(grads).__name__.lower()}, measured and dropped"
         )
         self.seen[name] = _fingerprint(grads)
-        self._squares[self._sums.rows[name]].append(sq_norm(grads, self._sums.space))
+        moved = self._sums.moved(name, grads, num_examples)
+        self._squares[self._sums.rows[name]].append(sq_norm(moved, self._sums.space))
 
     def complete(self, num_examples: int) -> None:
         """Turn norms into weights."""
         self._sums.space.forget()
         rows = enumerate(self._squares)
-        self.weights = [self._sums.measured(squares, row, num_examples) for row, squares in rows]
+        self.measured = [self._sums.measured(squares, row, num_examples) for row, squares in rows]
+        self.num_examples = num_examples
         self.done = True
 
 
@@ -63,7 +67,7 @@ class Summing:
         self._sums = sums
         self._first = first
         self._admit = admit
-        self._finite = [masked(weights, wait=True) for weights in first.weights]
+        self._finite = [masked(measured, wait=True) for measured in first.measured]
         self._left = set(first.seen)
         self._admitted = False
         self.unit: object | None = object()
@@ -72,7 +76,7 @@ class Summing:
         """Sum and drop."""
         row = self._sums.rows[name]
         known = self._first.seen.get(name)
-        same = name in self._left and len(self._first.weights[row]) == num_examples
+        same = name in self._left and self._first.num_examples == num_examples
         if not same or not _agree(known, grads):
             raise RuntimeError(
                 f"expected both backwards to deliver the same gradient of {name!r}; got another one in the second, so "
@@ -82,7 +86,8 @@ class Summing:
         if not self._admitted:
             self._admit(num_examples)
             self._admitted = True
-        self._sums.add(name, grads, self._first.weights[row], self._finite[row])
+        moved = self._sums.moved(name, grads, num_examples)
+        self._sums.add(name, moved, self._first.measured[row], self._finite[row])
 
     def complete(self, num_examples: int) -> None:
         """Refuse a second backward that delivered less than the first."""
@@ -93,6 +98,8 @@ class Summing:
             )
         if not self._admitted:
             self._admit(num_examples)
+        for measured in self._first.measured:
+            self._sums.count(measured)
         self._admit(None)
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipping import (
     Clipping,
+    Contribution,
     Costs,
     FlatClipper,
     Measuring,
@@ -778,7 +779,7 @@ class Recorder:
     ) -> None:
         self.sizes: list[int] = []
         self.tape = Tape(model, self.begin, batch_dim=batch_dim)
-        self.sums = Sums(clipper, clipper.groups(list(self.tape.parameters)), mean, costs)
+        self.sums = Sums(Contribution(clipper), clipper.groups(list(self.tape.parameters)), mean, costs)
         self.two_pass = two_pass
         self.first: Measuring | None = None
 

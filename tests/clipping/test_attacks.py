@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipping import (
     AutomaticClipper,
+    Contribution,
     Dense,
     FlatClipper,
     GroupClipper,
@@ -21,7 +22,7 @@ from dpopt.step import StepSum
 
 
 def step_of(model, clipper, num_examples, **options):
-    step = StepSum(model, clipper, mean=False, costs=DEFAULT, **options)
+    step = StepSum(model, Contribution(clipper), mean=False, costs=DEFAULT, **options)
     step.tape.attach()
     model.register_forward_pre_hook(step.probing.watch_inputs, with_kwargs=True)
     step.begin(num_examples)

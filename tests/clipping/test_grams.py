@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import clipping.grams as grams
-from clipping import Costs, FlatClipper, Outer
+from clipping import Contribution, Costs, FlatClipper, Outer
 from clipping.engines import Clipping, Sums
 from clipping.grams import Workspace
 from clipping.tape import Tape
@@ -44,7 +44,7 @@ def test_queries_keys_and_values_share_one_gram(computed):
     for layer in (model.query, model.key, model.value):
         layer.weight = nn.Parameter(torch.randn(wide, 4 * T) / 30)
     names = tuple(name for name, _ in model.named_parameters())
-    sums = Sums(FlatClipper(1.0), (names,), costs=Costs(keep_memory=0))
+    sums = Sums(Contribution(FlatClipper(1.0)), (names,), costs=Costs(keep_memory=0))
     with Tape(model, lambda idle: Clipping(sums, idle, lambda _: None)):
         model(torch.randn(B, T, 4 * T)).square().sum().backward()
     assert sums.choices["query.weight"].path == "gram"

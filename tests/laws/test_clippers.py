@@ -29,6 +29,8 @@ from clipping import (
     sum_groups,
     zero_sum,
 )
+from clipping.centred import HuberClipper, NormalisedClipper
+from clipping.feedback import RestClipper
 
 
 def model():
@@ -56,6 +58,17 @@ CLIPPERS = CLIPPING | {
     "psac": PerSampleAdaptiveClipper(1.5),
     "psac, nearly normalised": PerSampleAdaptiveClipper(1e6, r=1e-300),
     "psac, slow": PerSampleAdaptiveClipper(0.1, r=1e30),
+    "huber": HuberClipper(1.5, mu=0.5),
+    "huber, nearly the mean": HuberClipper(1e-6, mu=1e30),
+    "huber, flat": HuberClipper(1.5, mu=0.0),
+    "normalised": NormalisedClipper(),
+    "normalised, to the shortest": NormalisedClipper(1e6, nu=1e-300),
+    "normalised, slow": NormalisedClipper(0.1, nu=1e30),
+    "rest": RestClipper(2.0, first=0.3),
+    "rest, tiny first": RestClipper(1e6, first=1e-300),
+    "rest, tiny": RestClipper(1e-6, first=0.25),
+    "per layer, rest": per_layer(model(), 0.7, rule=partial(RestClipper, first=0.1)),
+    "per layer, huber": per_layer(model(), 0.7, rule=partial(HuberClipper, mu=0.1)),
     "mixed groups": GroupClipper(HALVES, (AutomaticClipper(0.3), PerSampleAdaptiveClipper(2.0, r=0.01))),
     "per layer, automatic": per_layer(model(), 0.7, rule=partial(AutomaticClipper, gamma=0.1)),
     "by component, psac": by_component(model(), PATTERNS, rule=PerSampleAdaptiveClipper),

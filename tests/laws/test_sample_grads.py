@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipping import Dense, Outer, Routed, Rows, SampleGrads, Sum, add, cross
+from clipping.clamped import Clamped
 from clipping.costs import Costs, settled
 from clipping.grads import CHUNK_ELEMENTS
+from clipping.shifted import Shifted
 
 F64 = torch.float64
 V, D = 6, 4
@@ -52,7 +54,7 @@ def total(*makers):
 
 
 # A new structure is one line here.
-STRUCTURES: dict[str, Callable[..., SampleGrads]] = {
+PLAIN: dict[str, Callable[..., SampleGrads]] = {
     "dense": dense,
     "dense of a vector": lambda n, dtype=F64: dense(n, (5,), dtype),
     "dense of a scalar": lambda n, dtype=F64: dense(n, (), dtype),
@@ -93,6 +95,48 @@ STRUCTURES: dict[str, Callable[..., SampleGrads]] = {
         total(outer, rows)(n, dtype=dtype), total(rows, dense)(n, dtype=dtype)
     ),
 }
+
+
+def shifted_by_one(make):
+    def made(num_examples, dtype=F64):
+        grads = make(num_examples, dtype=dtype)
+        return Shifted(grads, torch.randn(grads.shape, dtype=F64))
+
+    return made
+
+
+def shifted_by_each(make):
+    def made(num_examples, dtype=F64):
+        grads = make(num_examples, dtype=dtype)
+        return Shifted(grads, torch.randn(num_examples, *grads.shape, dtype=F64))
+
+    return made
+
+
+def shifted_in_part(make):
+    def made(num_examples, dtype=F64):
+        return shifted_by_one(make)(num_examples, dtype).masked(torch.arange(num_examples) != 1)
+
+    return made
+
+
+def clamped(make):
+    return lambda num_examples, dtype=F64: Clamped(make(num_examples, dtype=dtype), 0.75)
+
+
+STRUCTURES: dict[str, Callable[..., SampleGrads]] = (
+    PLAIN
+    | {f"{name}, shifted": shifted_by_one(make) for name, make in PLAIN.items()}
+    | {
+        f"{name}, each shifted": shifted_by_each(PLAIN[name])
+        for name in ("dense of a scalar", "outer, ghost norm", "rows")
+    }
+    | {f"{name}, shifted in part": shifted_in_part(PLAIN[name]) for name in ("dense", "routed")}
+    | {f"{name}, clamped": clamped(make) for name, make in PLAIN.items()}
+    | {"outer, shifted, clamped": clamped(shifted_by_one(outer))}
+    | {"outer, shifted + rows": total(shifted_by_one(outer), rows)}
+    | {"rows + outer, clamped": total(rows, clamped(outer))}
+)
 
 
 def _wide(num_examples, dtype):
@@ -169,6 +213,27 @@ class TestConformance:
             summed = grads.masked(keep).weighted_sum(keep.to(F64))
             assert torch.isfinite(summed).all()
 
+    def test_part(self, grads, num_examples):
+        for some in (slice(0, 0), slice(0, 1), slice(1, 3), slice(None)):
+            part = grads.part(some)
+            assert type(part) is type(grads) and part.shape == grads.shape
+            close(part.dense(), grads.dense()[some])
+            close(part.sq_norm(), grads.sq_norm()[some])
+
+    def test_rounding_bounds_the_error_of_an_inner_product(self, name, num_examples):
+        grads = STRUCTURES[name](num_examples, dtype=torch.float32)
+        rounding = grads.rounding()
+        assert rounding.shape == (num_examples,) and rounding.dtype == torch.float32
+        direction = torch.randn(grads.shape)
+        error = grads.inner(direction).double() - _as_double(grads).inner(direction.double())
+        assert (error.abs() <= rounding * direction.norm()).all()
+        norm = torch.linalg.vector_norm(
+            _as_double(grads).dense().reshape(num_examples, grads.shape.numel()), dim=1
+        )
+        assert (
+            rounding >= 8 * torch.finfo(torch.float32).eps * norm
+        ).all()  # errors grow with terms, not sums
+
     def test_settled_means_the_same(self, grads, num_examples):
         for costs in (Costs(traffic=1e-3, keep_memory=1e9), Costs(keep_memory=0)):
             found, choice = settled(grads, costs)
@@ -200,6 +265,10 @@ def _mapped(grads, change):
             return Rows(grads.indices, change(grads.values), grads.num_rows)
         case Sum():
             return Sum(tuple(_mapped(part, change) for part in grads.parts))
+        case Shifted():
+            return Shifted(_mapped(grads.grads, change), grads.centre.double(), grads.present)
+        case Clamped():
+            return Clamped(_mapped(grads.grads, change), grads.bound)
 
 
 def _as_double(grads):
@@ -253,6 +322,8 @@ def test_cross_in_chunks_is_the_same(monkeypatch):
     monkeypatch.setattr("clipping.grads.CHUNK_ELEMENTS", 40)
     close(cross(*made), expected[0])
     close(made[0].sq_norm(), expected[1])
+    for direction in (torch.randn(V, D, dtype=F64), torch.randn(5, V, D, dtype=F64)):
+        close(made[0].inner(direction), (made[0].dense() * direction).flatten(1).sum(1))
 
 
 def test_add_refuses_other_batches_and_shapes():
@@ -330,6 +401,16 @@ def test_guarantee_norm_survives_tiny_times_huge(positions, exponents, swapped):
     norm = grads.sq_norm().sqrt()
     assert norm >= exact * (1 - 1e-4) or exact < 1e-9 or not torch.isfinite(norm)
     _bounded(grads, clip_norm=1e-6)
+
+
+@pytest.mark.parametrize("size", [50257, 1 << 20])
+def test_guarantee_the_norm_of_one_wide_position_is_not_too_short(size):
+    # Added up one after the other, these squares lose up to 1 in 700.
+    wide, short = torch.full((1, 1, 1, size), 0.7), torch.ones(1, 1, 1, 2)
+    for left, right in ((wide, short), (short, wide)):
+        grads = Outer(left, right, torch.Size((left.shape[3], right.shape[3])))
+        expected = left.double().square().sum() * right.double().square().sum()
+        assert abs(grads.sq_norm().double() / expected - 1) < 1e-5
 
 
 def test_exact_zero_stays_zero():
