@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipping import Clipper, Inputs, check_clipping, named_clipper, per_parameter
+from clipping import Clipper, Contribution, Inputs, per_parameter
+from dpopt.estimators.estimator import Estimator, Plain
+from dpopt.estimators.named import Run, check_estimator, named_estimator
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
 
@@ -56,17 +58,27 @@ def check_reduction(loss_reduction: str, criterion: object) -> None:
         )
 
 
-def clipper_of(clipping: str, module: nn.Module, max_grad_norm: float | Sequence[float]) -> Clipper:
-    """The clipper that `clipping` and `max_grad_norm` describe."""
+def estimator_of(clipping: str, run: Run, max_grad_norm: float | Sequence[float]) -> Estimator:
+    """The estimator that `clipping` and `max_grad_norm` describe; `run` says the rest."""
     if isinstance(max_grad_norm, int | float):
-        return named_clipper(clipping, module, float(max_grad_norm))
-    check_clipping(clipping)
+        return named_estimator(clipping, run)
+    check_estimator(clipping)
     if clipping != "per_layer":
         raise ValueError(
             f"expected one max_grad_norm with clipping={clipping!r}; got {max_grad_norm}; a list, of one norm for each "
             'trainable parameter, goes with clipping="per_layer"'
         )
-    return per_parameter(module, list(max_grad_norm))
+    return Plain(Contribution(per_parameter(run.model, list(max_grad_norm))))
+
+
+def only_estimator(clipper: Clipper | None, estimator: Estimator | None) -> Estimator:
+    """The one that was given: an estimator, or plain clipping with a clipper."""
+    if (clipper is None) == (estimator is None):
+        raise TypeError(
+            "expected a clipper or an estimator; got "
+            f"{'neither' if clipper is None else 'both'}; pass clipper=FlatClipper(1.0), or estimator="
+        )
+    return Plain(Contribution(clipper)) if estimator is None else estimator  # pyright: ignore[reportArgumentType]
 
 
 def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

@@ -15,7 +15,7 @@ from dpopt.mechanisms import Mechanism
 from dpopt.sampling import Sampling
 
 COMPARED = (
-    "event", "sampler", "expected_batch_size", "mechanism", "allocation", "clipper", "rules", "groups",
+    "event", "sampler", "expected_batch_size", "mechanism", "allocation", "estimator", "clipper", "rules", "groups",
     "clip_norms", "sensitivity", "accountant", "randomness",
 )  # fmt: skip
 """What a run shares with the one that it continues. A budget may be raised; unit and relation are the ledger's own."""
@@ -27,6 +27,7 @@ def configuration(
     sampling: Sampling,
     mechanism: Mechanism,
     clipper: Clipper,
+    estimator: Mapping[str, object],
     accountant: str,
     randomness: str,
     assumptions: Sequence[str],
@@ -41,6 +42,7 @@ def configuration(
         "expected_batch_size": sampling.expected_batch_size,
         "mechanism": type(mechanism).__name__,
         "allocation": _name(getattr(mechanism, "allocation", None)),
+        "estimator": dict(estimator),
         "clipper": type(clipper).__name__,
         "rules": sorted({type(rule).__name__ for rule in rules}),
         "groups": len(clipper.clip_norms),

@@ -7,13 +7,14 @@ then steps. Model, optimizer and loss stay the user's own objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -21,22 +22,24 @@ from accountants import ADD_REMOVE
 from accountants import accountant as find_accountant
 from accountants.calibrate import noise_multiplier as calibrate
 from accountants.relations import check_relation
-from clipping import Clipper
 from dpopt.arguments import (
     ScalerMark,
     check_optimizer,
     check_reduction,
     check_switches,
-    clipper_of,
+    estimator_of,
     refuse_scaler,
     refuse_token_labels,
 )
 from dpopt.budget import Budget
+from dpopt.estimators.estimator import Estimator, Plain
+from dpopt.estimators.named import Run
+from dpopt.estimators.prices import priced
+from dpopt.gradients import clear_gradients
 from dpopt.loader import check_loader, private_loader
 from dpopt.mechanisms import GaussianMechanism
 from dpopt.samplers import noise_within, require_sized, sized
 from dpopt.sampling import PoissonSampling, Sampling
-from dpopt.step import clear_gradients
 from dpopt.training import PrivateTraining
 
 
@@ -110,9 +113,9 @@ class PrivacyEngine:
         """Return (module, optimizer, loader), the first two as given.
 
         As in Opacus, the sampling rate is 1 / len(data_loader) and the noisy sum is divided by
-        int(len(dataset) * rate). `clipping` is one of `clipping.CLIPPERS`: "flat", "automatic", "psac",
-        "per_layer", "per_block", "per_adapter", or "per_block:automatic" and so on, where the groups share one
-        norm evenly; with "per_layer" also a list of norms, one per trainable parameter, as in Opacus.
+        int(len(dataset) * rate). `clipping` is one of `dpopt.estimators.ESTIMATORS`: a way to clip ("flat", "automatic",
+        "per_layer", ...; with "per_layer" also a list of norms, one per trainable parameter, as in Opacus), or another
+        estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". Its guarantee is printed.
         `grad_sample_mode` and `wrap_model` are
         accepted and change nothing: one engine serves all modes, and nothing is wrapped. A `criterion` is only
         asked whether it reduces as `loss_reduction` says.
@@ -121,9 +124,10 @@ class PrivacyEngine:
             poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
         )
         check_reduction(loss_reduction, criterion)
+        estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise_multiplier),
-            clipper_of(clipping, module, max_grad_norm), 0 if batch_first else 1, loss_reduction, None,
+            estimator, 0 if batch_first else 1, loss_reduction, None,
         )  # fmt: skip
 
     def make_private_with_epsilon(
@@ -154,11 +158,11 @@ class PrivacyEngine:
             poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
         )
         check_reduction(loss_reduction, criterion)
-        check_loader(data_loader)
-        noise = self._calibrated(data_loader, Budget(target_epsilon, target_delta), epochs)
+        estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
+        noise = self._calibrated(estimator, data_loader, Budget(target_epsilon, target_delta), epochs)
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise),
-            clipper_of(clipping, module, max_grad_norm), 0 if batch_first else 1, loss_reduction,
+            estimator, 0 if batch_first else 1, loss_reduction,
             Budget(target_epsilon, target_delta),
         )  # fmt: skip
 
@@ -190,6 +194,15 @@ class PrivacyEngine:
     def explain(self) -> str:
         """A table of the parameters: how the norm and the sum of each were computed last, and why."""
         return self.training.explain()
+
+    def evaluate(self, loss: Callable[[], Tensor], *, records: Sequence[int] | None = None) -> None:
+        """The backward of `loss()`, a loss for each example (B,), at as many points as the estimator needs.
+
+        In place of `loss.backward()`, for the estimators that say so; `records` are the indices of the rows, by
+        default those of the batch that the loader handed out last, whose order must not be changed then.
+        """
+        given = self.training.sum.part_records if records is None else records
+        self.training.evaluate(loss, records=given)
 
     def discard(self) -> None:
         """Drop what the current step collected (after an out-of-memory error, say), to run its batch again."""
@@ -225,7 +238,7 @@ class PrivacyEngine:
         optimizer: Optimizer,
         loader: DataLoader[Any],
         mechanism: GaussianMechanism,
-        clipper: Clipper,
+        estimator: Estimator,
         batch_dim: int,
         loss_reduction: str,
         budget: Budget | None,
@@ -238,7 +251,7 @@ class PrivacyEngine:
         check_optimizer(module, optimizer)
         training = PrivateTraining(
             module,
-            clipper=clipper,
+            estimator=estimator,
             mechanism=mechanism,
             sampling=self._sampling(loader),
             budget=budget,
@@ -252,10 +265,23 @@ class PrivacyEngine:
             new_configuration=self._new_configuration,
         )
         self._training = training.__enter__()
+        print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
         self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
         self._hooks.append(module.register_forward_pre_hook(refuse_token_labels, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
         return module, optimizer, private_loader(loader, training)
+
+    def _estimator(
+        self,
+        clipping: str,
+        module: nn.Module,
+        loader: DataLoader[Any],
+        max_grad_norm: float | Sequence[float],
+    ) -> Estimator:
+        check_loader(loader)
+        norm = float(max_grad_norm) if isinstance(max_grad_norm, int | float) else 1.0
+        num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+        return estimator_of(clipping, Run(module, norm, num_records, self._sampling(loader)), max_grad_norm)
 
     def _sampling(self, loader: DataLoader[Any]) -> Sampling:
         num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
@@ -265,16 +291,19 @@ class PrivacyEngine:
         assert loader.batch_size is not None  # check_loader has seen to it
         return sized(self._sampler, num_records=num_records, batch_size=loader.batch_size)
 
-    def _calibrated(self, loader: DataLoader[Any], budget: Budget, epochs: int) -> float:
+    def _calibrated(
+        self, estimator: Estimator, loader: DataLoader[Any], budget: Budget, epochs: int
+    ) -> float:
         sampling = self._sampling(loader)
-        if isinstance(sampling, PoissonSampling) and self._relation == ADD_REMOVE:
+        plain = isinstance(estimator, Plain)
+        if plain and isinstance(sampling, PoissonSampling) and self._relation == ADD_REMOVE:
             return calibrate(
                 epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling.sampling_rate,
                 steps=epochs * len(loader), accountant=self._accountant,
             )  # fmt: skip
         rounds = epochs if sampling.steps_per_charge > 1 else epochs * len(loader)
         rule = find_accountant(self._accountant, self._relation)
-        return noise_within(budget, rule, sampling, rounds)
+        return noise_within(budget, rule, priced(estimator, sampling, rounds))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer itself

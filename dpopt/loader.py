@@ -24,11 +24,11 @@ from dpopt.training import PrivateTraining
 
 
 class Part(NamedTuple):
-    """A physical batch: `size` of the `num_drawn` examples of a draw, the `first` or the `last` of its parts."""
+    """A physical batch: the `records` of a draw that are in it, the `first` or the `last` of its parts."""
 
     draw: int
-    size: int
-    num_drawn: int
+    records: tuple[int, ...]
+    drawn: tuple[int, ...]
     first: bool
     last: bool
 
@@ -59,7 +59,8 @@ class PoissonBatches(Sampler[list[int]]):
             size = self.largest or max(1, len(indices))
             for start in range(0, max(1, len(indices)), size):
                 part = indices[start : start + size]
-                parts.append(Part(number, len(part), len(indices), start == 0, start + size >= len(indices)))
+                last = start + size >= len(indices)
+                parts.append(Part(number, tuple(part), tuple(indices), start == 0, last))
                 yield part
 
     def __len__(self) -> int:
@@ -107,8 +108,8 @@ class PrivateDataLoader(DataLoader[Any]):
             part = parts.popleft()
             if torch.is_grad_enabled():
                 if part.first:
-                    batches.training.begin(part.draw, part.num_drawn)
-                step.hold, step.num_part = not part.last, part.size
+                    batches.training.begin(part.draw, len(part.drawn), part.drawn)
+                step.hold, step.num_part, step.part_records = not part.last, len(part.records), part.records
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(

@@ -6,16 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accountants import Accountant, Event, Ledger, Record
-from dpopt.budget import Budget, affordable, exhausted
+from dpopt.budget import Budget, exhausted
+from dpopt.estimators.prices import Prices
 from dpopt.rounds import Rounds
 
 
 @dataclass(slots=True)
 class Payments:
-    """The payments of one run: `event` for each round, on `ledger`, at most `most` of them (None: no budget)."""
+    """The payments of one run: `prices` of its rounds, on `ledger`, at most `most` of them (None: no budget)."""
 
     ledger: Ledger
-    event: Event
+    prices: Prices
     rounds: Rounds
     budget: Budget | None
     most: int | None
@@ -23,7 +24,13 @@ class Payments:
 
     @classmethod
     def begin(
-        cls, ledger: Ledger, event: Event, length: int, budget: Budget | None, rule: Accountant, where: object
+        cls,
+        ledger: Ledger,
+        prices: Prices,
+        length: int,
+        budget: Budget | None,
+        rule: Accountant,
+        where: object,
     ) -> Payments:
         """Those of a run that begins on `ledger`, with rounds of `length` steps priced by `rule`.
 
@@ -32,11 +39,19 @@ class Payments:
         """
         rounds = Rounds(length)
         if budget is None:
-            return cls(ledger, event, rounds, None, None, where)
-        most = affordable(budget, event, rule, ledger.events())
+            return cls(ledger, prices, rounds, None, None, where)
+        most = prices.affordable(budget, rule, ledger.events())
         if most < 1:
             raise exhausted(budget, 1, 0, 0, where)
-        return cls(ledger, event, rounds, budget, most, where)
+        return cls(ledger, prices, rounds, budget, most, where)
+
+    def number(self, draw: int | None) -> int:
+        """The number, in this run, of the charge that pays for `draw`; None: of the next charge."""
+        return self.rounds.charged - (draw is not None and self.rounds.is_paid(draw))
+
+    def event(self, draw: int) -> Event:
+        """What the charge for `draw` pays for."""
+        return self.prices.at(self.number(draw))
 
     @property
     def steps_left(self) -> int | None:
@@ -57,9 +72,10 @@ class Payments:
 
     def check(self, draw: int, event: Event, done: int) -> None:
         """Refuse to release `draw` where it is past, costs something else, or is beyond the budget."""
-        if event != self.event:
+        due = self.event(draw)
+        if event != due:
             raise RuntimeError(
-                f"expected the mechanism and sampling that the run began with, {self.event}; got {event}, which the "
+                f"expected the mechanism and sampling that the run began with, {due}; got {event}, which the "
                 "budget was not computed for; start a run of its own on the same ledger"
             )
         self.rounds.require_open(draw)
@@ -75,6 +91,6 @@ class Payments:
         context = {"step": step, "round": number, "place": place}
         if self.rounds.is_paid(draw):
             return self.ledger.note("a step of a round that is paid for", context=context)
-        record = self.ledger.charge(self.event, context=context)
+        record = self.ledger.charge(self.event(draw), context=context)
         self.rounds.pay(draw)
         return record

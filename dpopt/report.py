@@ -36,7 +36,8 @@ class Report:
     stopped: str | None
     noise_multiplier: float
     clip_norm: float
-    clipping: str
+    estimator: str
+    guarantee: str
     dtype: str
     device: str
     randomness: str
@@ -187,10 +188,8 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
             ),
             ("Steps", f"{report.steps} of {report.steps_planned}"),
             ("Noise multiplier", f"{number(report.noise_multiplier, 4)} (noise / clip norm)"),
-            (
-                "Clip norm",
-                f"{report.clip_norm:g}, of each record's whole gradient; clipping {report.clipping}",
-            ),
+            ("Clip norm", f"{report.clip_norm:g}"),
+            ("Gradient estimator", f"{report.estimator}: {report.guarantee}"),
             ("Accountant", report.accountant),
             ("Arithmetic", f"{report.dtype} on {report.device}"),
             ("Randomness", report.randomness),

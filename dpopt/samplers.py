@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from accountants import Accountant, BudgetExhausted, Composed, Event, Gaussian, Repeated
+from accountants import Accountant, BudgetExhausted, Composed, Event
 from dpopt.budget import Budget, least_noise
 from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling, check_sizes
 from dpopt.sampling import FixedSizeSampling, PoissonSampling, Sampling, TruncatedPoissonSampling
@@ -79,9 +79,11 @@ def charges(sampling: Sampling, steps: int) -> int:
 
 
 def noise_within(
-    budget: Budget, rule: Accountant, sampling: Sampling, count: int, spent: Event | None = None
+    budget: Budget, rule: Accountant, priced: Callable[[float], Event], spent: Event | None = None
 ) -> float:
-    """The least noise multiplier, to 0.2 %, that keeps `count` charges on top of `spent` within the budget.
+    """The least noise multiplier, to 0.2 %, that keeps a run on top of `spent` within the budget.
+
+    `priced` maps a noise multiplier to the event of the whole run.
 
     Raises:
         BudgetExhausted: no noise does.
@@ -89,13 +91,12 @@ def noise_within(
     before = () if spent is None else (spent,)
 
     def price(noise: float) -> float:
-        released = Repeated(sampling.event(Gaussian(noise)), count)
-        return rule.curve(Composed((*before, released))).epsilon(budget.delta)
+        return rule.curve(Composed((*before, priced(noise)))).epsilon(budget.delta)
 
     found = least_noise(price, budget.epsilon, low=_LEAST)
     if found is None:
         raise BudgetExhausted(
-            f"expected epsilon {budget.epsilon:g} at delta {budget.delta:g} to pay for {count} charges; got too little; "
+            f"expected epsilon {budget.epsilon:g} at delta {budget.delta:g} to pay for the run; got too little; "
             "raise epsilon or take fewer steps (nothing was charged)"
         )
     return found

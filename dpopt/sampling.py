@@ -64,9 +64,15 @@ class Sampling(Protocol):
 
 
 class Batch(NamedTuple):
-    """One draw: the examples that take part in a step, possibly none."""
+    """One draw, or a part of it: examples that take part in a step, possibly none, and which records they are."""
 
     examples: tuple[object, ...]
+    indices: tuple[int, ...] = ()
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of at most `size` examples with their indices; none for an empty batch."""
+        for start in range(0, len(self.examples), size):
+            yield Batch(self.examples[start : start + size], self.indices[start : start + size])
 
     def split(self, size: int) -> Iterator[list]:
         """Micro-batches of at most `size` examples; none for an empty batch."""

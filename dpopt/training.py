@@ -3,40 +3,43 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
 from clipping.costs import DEFAULT
 from dpopt import unchanged
-from dpopt.arguments import model_inputs, one_loss
+from dpopt.account import Account
+from dpopt.arguments import model_inputs, one_loss, only_estimator
 from dpopt.budget import Budget
-from dpopt.configuration import configuration, declared_assumptions, refuse_changed
-from dpopt.ledgers import default_ledger, insecurity, opened
+from dpopt.configuration import configuration
+from dpopt.differences import add_difference
+from dpopt.estimators.estimator import Estimator
+from dpopt.estimators.prices import Prices, prices
+from dpopt.estimators.releases import mechanism_of, release
+from dpopt.gradients import write_gradients
 from dpopt.mechanisms import Mechanism
 from dpopt.payments import Payments
 from dpopt.rounds import Draw
 from dpopt.sampling import Batch, Records, Sampling
-from dpopt.step import StepSum, clear_gradients, write_gradients
+from dpopt.step import StepSum
 from dpopt.tiers import Tier, fresh_tier
 from dpopt.users import require_users, unit_of
+from dpopt.watch import Watch
 
 
 class PrivateTraining:
     """A training run whose every released gradient is clipped, charged, noised, and only then written.
 
-    `clipper`, `mechanism` and `sampling` (see `dpopt.sampling`) fix what one step releases; `budget` caps the whole
-    ledger, a path (default: a new file under `privacy-ledgers/`, printed). `relation` says which datasets are
-    neighbours, one of `accountants.RELATIONS`, and `unit` what a record is. A run that continues a ledger is refused
-    under another configuration than that of the last, unless `new_configuration` says that it is meant.
+    `clipper` or an `estimator` (`dpopt.estimators`), `mechanism` and `sampling` (see `dpopt.sampling`) fix what one step
+    releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`, printed). `relation`
+    says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is. A run that continues
+    a ledger is refused under another configuration than that of the last, unless `new_configuration` says that it is
+    meant.
     `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided
@@ -67,7 +70,8 @@ class PrivateTraining:
         self,
         model: nn.Module,
         *,
-        clipper: Clipper,
+        clipper: Clipper | None = None,
+        estimator: Estimator | None = None,
         mechanism: Mechanism,
         sampling: Sampling,
         budget: Budget | None = None,
@@ -89,98 +93,91 @@ class PrivateTraining:
         self.model = model
         self.mechanism = mechanism
         self.sampling = sampling
-        self.budget = budget
-        self.unit = unit or unit_of(sampling)
         self.insecure_seed = insecure_seed
         self.steps = 0
-        self.ledger_path = default_ledger() if ledger is None else Path(ledger)
-        self._default = ledger is None
-        self.relation = relation
-        self.new_configuration = new_configuration
         self.accountant = accountant(accountant_name, relation)
+        self._account = Account.at(
+            ledger,
+            unit=unit or unit_of(sampling),
+            relation=relation,
+            rule=self.accountant,
+            budget=budget,
+            new_configuration=new_configuration,
+        )
         if costs is None:  # measured costs may choose otherwise in another run, and round otherwise
             costs = DEFAULT if insecure_seed is not None else measured(next(model.parameters()).device)
+        self.estimator = only_estimator(clipper, estimator)
+        self._stage = self.estimator.stage(0)
+        self._clipper = self._stage.contribution.clipper
         self.sum = StepSum(
-            model, clipper, mean=mean_losses, batch_dim=batch_dim, two_pass=two_pass, costs=costs
+            model,
+            self._stage.contribution,
+            mean=mean_losses,
+            batch_dim=batch_dim,
+            two_pass=two_pass,
+            costs=costs,
         )
-        self._pid = os.getpid()
+        self._begun: int | None = None
         self._randomness = randomness
         self._tier = self._new_tier()
-        sizes = [sum(self.sum.parameters[n].numel() for n in names) for names in self.sum.sums.groups]
-        self._tier.check(mechanism, sampling, clipper.clip_norms, sizes)
+        bounds, sizes = self.sum.bounds_and_sizes()
+        self._tier.check(mechanism_of(self.estimator, mechanism, 0), sampling, bounds, sizes)
         self.accountant.curve(self.event)  # refuses what has no price under this relation
-        self._payments: Payments | None = None
-        self._begun: int | None = None
+        self.noise_stds: dict[str, float] = {}
         self._open = False
-        self._watch: RemovableHandle | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._watch = Watch(model, self.sum)
 
     def __enter__(self) -> PrivateTraining:
         """Open the ledger, check the budget, clear every `.grad` and start recording."""
-        given = None if self._default else self.ledger_path
-        self.ledger_path, ledger = opened(given, unit=self.unit, relation=self.relation, expected=self.event)
-        self._default = False  # entered again, the run continues its ledger
-        if self._payments is not None:
+        self._begun = None
+        if self._account.was_open:
             # Charges number the noise, and a ledger that was put back or taken away counts them again.
             self._tier = self._new_tier()
+        ledger = self._account.open(self._prices.at(0))
         try:
-            config = self._configuration()
-            if not self.new_configuration:
-                refuse_changed(ledger.attempts, config, self.ledger_path)
-            length = self.sampling.steps_per_charge
-            self._payments = Payments.begin(
-                ledger, self.event, length, self.budget, self.accountant, self.ledger_path
-            )
-            self._begun = None
-            ledger.attempt(config, event=self.event)
-            buffers = unchanged.persistent_buffers(self.model)
-            self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-            # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
-            clear_gradients(self.model.parameters())
-            self.sum.tape.attach()
-            self._watch = self.model.register_forward_pre_hook(
-                self.sum.probing.watch_inputs, with_kwargs=True
-            )
+            self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
+            self._watch.attach()
         except BaseException:
             ledger.close()
             raise
         self._open = True
-        print(f"dpopt: the privacy ledger of this run is {self.ledger_path}", file=sys.stderr)
+        self._account.tell()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop recording, drop what was not released, close the ledger; no hook or attribute stays behind."""
         self._open = False
-        if self._watch is not None:
-            self._watch.remove()
-        self.sum.tape.detach()
+        self._watch.detach()
         self.sum.end()
-        if self._payments is not None:
-            self._payments.ledger.close()
+        self._account.close()
 
     @property
     def ledger(self) -> Ledger:
         """The open ledger of this run."""
-        return self.payments.ledger
+        return self._account.ledger
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where it is."""
+        return self._account.path
 
     @property
     def payments(self) -> Payments:
         """The rounds of this run, and what was paid for them."""
-        if self._payments is None:
-            raise RuntimeError("expected an open run; got one not entered yet; use it in a `with` statement")
-        return self._payments
+        return self._account.payments
 
     @property
     def event(self) -> Event:
-        """What one charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
-        return self.sampling.event(self.mechanism.event())
+        """What the next charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
+        return self._prices.at(self.payments.number(self._begun) if self._account.was_open else 0)
+
+    @property
+    def _prices(self) -> Prices:
+        return prices(self.estimator, self.sampling, self.mechanism)
 
     def bound(self, delta: float) -> Bound:
         """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
-        bound = self.accountant.curve(self.ledger.events()).bound(delta)
-        attempts = self.ledger.attempts
-        said = (*bound.assumptions, *declared_assumptions(attempts), *insecurity(attempts))
-        return replace(bound, assumptions=said)
+        return self._account.bound(delta)
 
     def epsilon(self, delta: float) -> float:
         """Upper bound on epsilon of everything on the ledger so far; infinite without noise."""
@@ -189,7 +186,7 @@ class PrivateTraining:
     @property
     def steps_left(self) -> int | None:
         """Releases that the budget still affords; None without a budget."""
-        return None if self._payments is None else self._payments.steps_left
+        return self.payments.steps_left if self._account.was_open else None
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
@@ -198,11 +195,16 @@ class PrivateTraining:
         number = rounds.next(num_records)
         return Draw(self._tier.draw(self.sampling, num_records, *rounds.place(number)), number)
 
-    def begin(self, number: int, num_drawn: int) -> None:
-        """Open the step of draw `number`, which holds `num_drawn` examples; a draw passed over is not released."""
+    def begin(self, number: int, num_drawn: int, records: Sequence[int] | None = None) -> None:
+        """Open the step of draw `number`, which holds `num_drawn` examples; a draw passed over is not released.
+
+        `records` are its indices, for estimators that remember each record.
+        """
         self.payments.rounds.require_open(number)
-        self.sum.begin(num_drawn)
-        self._begun = number
+        every = self.sampling.steps_per_charge > 1
+        stage = self.estimator.stage(self.steps if every else self.payments.number(number))
+        self.sum.begin(num_drawn, stage, records)
+        self._begun, self._stage = number, stage
 
     def batches(
         self, dataset: Records[object] | Sequence[object], *, steps: int | None = None
@@ -211,20 +213,42 @@ class PrivateTraining:
         require_users(self.sampling, dataset)
         for _ in range(self.payments.settled(steps, self.steps)):
             draw = self.draw(len(dataset))
-            self.begin(draw.number, len(draw.indices))
-            yield Batch(tuple(dataset[i] for i in draw.indices))
-            self.sum.require_ended()
+            self.begin(draw.number, len(draw.indices), draw.indices)
+            yield Batch(tuple(dataset[i] for i in draw.indices), tuple(draw.indices))
+            self.sum.admission.require_ended()
 
-    def accumulate(self, *losses: Tensor, keep: Sequence[bool] | Tensor | None = None) -> None:
+    def accumulate(
+        self,
+        *losses: Tensor,
+        keep: Sequence[bool] | Tensor | None = None,
+        records: Sequence[int] | None = None,
+    ) -> None:
         """Run the backward of per-example losses (B,) and add the clipped gradients to this step.
 
         Costs nothing and releases nothing; call it for any number of micro-batches. Several losses of the same
         B examples (a discriminator's on real and on made-up inputs) are one loss: their sum is clipped. Rows
         outside `keep`, one flag for each, add exactly nothing and are no drawn examples: see `Batch.padded`.
+        `records` tells which record each row is, for estimators that remember each one: the `indices` of a part.
         """
         summed = one_loss(losses)
         if summed.shape[0] > 0:
-            self.sum.add(summed, keep)
+            self.sum.add(summed, keep, records)
+
+    def evaluate(
+        self,
+        losses: Callable[[], Tensor],
+        *,
+        keep: Sequence[bool] | Tensor | None = None,
+        records: Sequence[int] | None = None,
+    ) -> None:
+        """`accumulate` what `losses` returns, called as often as the estimator needs: at other parameters too.
+
+        The one way for an estimator of differences of gradients, and the same as `accumulate` for the others.
+        """
+        if self._stage.previous is None:
+            self.accumulate(losses(), keep=keep, records=records)
+        else:
+            add_difference(self.sum, lambda: one_loss((losses(),)), self._stage.previous, records)
 
     def same_examples(self) -> AbstractContextManager[None]:
         """A block of several backwards of the same B examples, merged and clipped together once at its end.
@@ -265,15 +289,16 @@ class PrivateTraining:
         stays paid for and nothing was released.
         """
         draw = self._check_release()
+        mechanism = mechanism_of(self.estimator, self.mechanism, self.payments.number(draw))
         record = self.payments.pay(draw, self.steps + 1)
         self.steps += 1
         self.payments.rounds.close(draw)
         try:
             # The record's own number is the domain: whatever is tried again pays again, and gets other noise.
-            released = self._tier.release(
-                self.mechanism, self.sum.clipped(), record.seq, self.sampling.expected_batch_size
-            )
-            write_gradients(self.sum.parameters, released)
+            size = self.sampling.expected_batch_size
+            released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
+            write_gradients(self.sum.parameters, released.gradient)
+            self.noise_stds = released.stds if self._stage.direct else {}
         finally:
             self.sum.end()
 
@@ -282,11 +307,7 @@ class PrivateTraining:
             raise RuntimeError(
                 "expected a batch drawn since the last release; got none; take one from batches(...) first"
             )
-        unchanged.refuse_fork(self._pid)
-        self.sum.require_whole()
-        self.sum.require_counted()
-        unchanged.refuse_changed_parameters(self.sum.parameters, self.model)
-        unchanged.refuse_changed_buffers(self._buffers, self.model)
+        self._watch.check()
         self.payments.check(self._begun, self.event, self.steps)
         return self._begun
 
@@ -295,7 +316,8 @@ class PrivateTraining:
 
     def _configuration(self) -> dict[str, object]:
         return configuration(
-            event=self.event, sampling=self.sampling, mechanism=self.mechanism, clipper=self.sum.clipper,
+            event=self._prices.at(0), sampling=self.sampling, mechanism=self.mechanism,
+            clipper=self._clipper, estimator=self.estimator.setting,
             accountant=self.accountant.name, randomness=self._randomness, assumptions=self._tier.assumptions,
-            budget=self.budget, insecure_seed=self.insecure_seed,
+            budget=self._account.budget, insecure_seed=self.insecure_seed,
         )  # fmt: skip

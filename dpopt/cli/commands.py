@@ -107,8 +107,13 @@ def finetune(
     clip_norm: Annotated[
         float, typer.Option(help="The norm to which each record's gradient is cut.", rich_help_panel=_PRIVACY)
     ] = 1.0,
-    clipping: Annotated[
-        str, typer.Option(help="flat, automatic, psac, per_layer, per_block, ...", rich_help_panel=_PRIVACY)
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="flat, automatic, psac, per_layer, quantile, median, huber, two_threshold, ...; with numbers as in "
+            "quantile:target=0.6,rate=0.1",
+            rich_help_panel=_PRIVACY,
+        ),
     ] = "flat",
     noise_multiplier: Annotated[
         float | None,
@@ -251,7 +256,7 @@ def finetune(
             learning_rate=lr,
             lora_rank=lora_rank,
             clip_norm=clip_norm,
-            clipping=clipping,
+            estimator=estimator,
             max_tokens=max_tokens,
             eval_every=eval_every,
             seed=seed,

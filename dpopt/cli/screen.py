@@ -132,9 +132,10 @@ def _claim(plan: RunPlan) -> Panel:
             (
                 "steps",
                 f"{privacy.steps} of {privacy.batch_size} expected records; noise multiplier "
-                f"{number(privacy.noise_multiplier, 4)}, clip norm {plan.clip_norm:g} ({plan.clipping}), "
+                f"{number(privacy.noise_multiplier, 4)}, clip norm {plan.clip_norm:g}, "
                 f"learning rate {plan.learning_rate:g}",
             ),
+            ("estimator", f"{plan.estimator}: {privacy.estimator.guarantee}"),
             ("accountant", privacy.accountant),
             ("ledger", str(plan.ledger)),
             ("out", str(plan.out)),

@@ -10,8 +10,8 @@ from pathlib import Path
 from accountants import ADD_REMOVE
 from accountants.registry import ACCOUNTANTS
 from accountants.relations import check_relation
-from clipping import check_clipping
 from dpopt.cryptographic import require_cryptography
+from dpopt.estimators.named import check_estimator
 from dpopt.records import InputError, RecordFormat
 from dpopt.samplers import require_sized
 
@@ -24,7 +24,7 @@ class FinetuneConfig:
     records (none: the embedded private docstrings); `lora_rank` 0 trains all weights. With a `noise_multiplier`
     and no `epsilon` there is no budget, only a price; a noise multiplier of 0 makes the run *not private*.
     `sampler` is one of `dpopt.samplers`, `relation` says which datasets are neighbours, `secure` takes batches and
-    noise from a cipher. `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
+    noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted. `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
     anything else that is charged or clipped has changed.
     """
 
@@ -45,7 +45,7 @@ class FinetuneConfig:
     learning_rate: float | None = None
     lora_rank: int = 0
     clip_norm: float = 1.0
-    clipping: str = "flat"
+    estimator: str = "flat"
     max_tokens: int | None = None
     eval_every: int | None = None
     sampler: str = "poisson"
@@ -63,7 +63,7 @@ class FinetuneConfig:
         _check_counts(self)
         _check_privacy(self)
         _check_sampling(self)
-        _check_clipping(self)
+        _check_estimator(self)
         if self.steps is not None and self.epochs is not None:
             raise InputError("expected steps or epochs; got both; leave one out")
         if self.validation and not self.train:
@@ -96,15 +96,15 @@ def _check_counts(config: FinetuneConfig) -> None:
         raise InputError(f"expected at least 2 tokens a record; got {config.max_tokens}; 128 is usual")
 
 
-def _check_clipping(config: FinetuneConfig) -> None:
+def _check_estimator(config: FinetuneConfig) -> None:
     try:
-        check_clipping(config.clipping)
+        check_estimator(config.estimator)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if config.clipping.startswith("per_adapter") and config.lora_rank == 0:
+    if config.estimator.startswith("per_adapter") and config.lora_rank == 0:
         raise InputError(
             "expected LoRA adapters to clip per adapter; got LoRA rank 0, which trains all weights; pass "
-            "--lora-rank 8, or --clipping per_block"
+            "--lora-rank 8, or --estimator per_block"
         )
 
 

@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from accountants import Gaussian, UnpricedEvent, leaves, read
 from accountants.records import event_of
+from dpopt.estimators.estimator import Estimator
+from dpopt.estimators.named import Run, named_estimator
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.corpus import Corpus, load_corpus
 from dpopt.finetune.language_model import Tokens, encode, load, longest, with_adapter
 from dpopt.finetune.listener import Listener
 from dpopt.finetune.privacy_plan import PrivacyPlan, plan_privacy
 from dpopt.records import InputError
+from dpopt.samplers import sized
 
 LEDGER_NAME = "privacy.ledger.jsonl"
 DEFAULT_OUTS = Path("runs")
@@ -45,7 +48,7 @@ class RunPlan:
     privacy: PrivacyPlan
     delta_chosen: bool
     clip_norm: float
-    clipping: str
+    estimator: str
     learning_rate: float
     physical_batch_size: int
     max_tokens: int
@@ -88,10 +91,10 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
     corpus = load_corpus(
         config.train, config.validation, config.validation_is_public, config.form, config.unit
     )
-    listener.stage("computing the noise")
-    privacy = _privacy(config, corpus, config.ledger or out / LEDGER_NAME)
     listener.stage("loading the model")
     name, model, tokenizer = _model(config)
+    listener.stage("computing the noise")
+    privacy = _privacy(config, corpus, model, config.ledger or out / LEDGER_NAME)
     max_tokens = _max_tokens(config, model)
     device = _device(config.device)
     listener.stage("tokenising")
@@ -104,7 +107,7 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         privacy=privacy,
         delta_chosen=config.delta is None,
         clip_norm=config.clip_norm,
-        clipping=config.clipping,
+        estimator=config.estimator,
         learning_rate=config.learning_rate or _learning_rate(config.lora_rank, embedded=corpus.embedded),
         physical_batch_size=config.physical_batch_size,
         max_tokens=max_tokens,
@@ -169,7 +172,7 @@ def _max_tokens(config: FinetuneConfig, model: nn.Module) -> int:
     return config.max_tokens or min(DEFAULT_MAX_TOKENS, most or DEFAULT_MAX_TOKENS)
 
 
-def _privacy(config: FinetuneConfig, corpus: Corpus, ledger: Path) -> PrivacyPlan:
+def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: Path) -> PrivacyPlan:
     number = len(corpus.train)
     usual = EMBEDDED_BATCH_SIZE if corpus.embedded else min(DEFAULT_BATCH_SIZE, max(1, number // 8))
     batch_size = config.batch_size or usual
@@ -191,6 +194,7 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, ledger: Path) -> PrivacyPla
             noise_multiplier=_resumed_noise(ledger) if config.resume else config.noise_multiplier,
             accountant_name=config.accountant,
             ledger=ledger,
+            estimator=_estimator(config, model, number, batch_size),
             sampler=config.sampler,
             relation=config.relation,
         )
@@ -198,6 +202,11 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, ledger: Path) -> PrivacyPla
         raise InputError(str(error)) from error
     except IsADirectoryError as error:
         raise InputError(f"expected a file as --ledger; got the folder {ledger}; name a file") from error
+
+
+def _estimator(config: FinetuneConfig, model: nn.Module, num_records: int, batch_size: int) -> Estimator:
+    sampling = sized(config.sampler, num_records=num_records, batch_size=batch_size)
+    return named_estimator(config.estimator, Run(model, config.clip_norm, num_records, sampling))
 
 
 def _resumed_noise(ledger: Path) -> float:

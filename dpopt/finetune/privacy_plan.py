@@ -18,7 +18,7 @@ from accountants import (
     Accountant,
     BudgetExhausted,
     Composed,
-    Gaussian,
+    Event,
     Repeated,
     accountant,
     charged,
@@ -26,6 +26,8 @@ from accountants import (
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
 from dpopt.budget import Budget
+from dpopt.estimators.estimator import Estimator, Plain
+from dpopt.estimators.prices import priced
 from dpopt.samplers import charges, noise_within, sized
 from dpopt.sampling import PoissonSampling, Sampling
 
@@ -50,6 +52,7 @@ class PrivacyPlan:
     budget: float | None
     epsilon: float
     spent: Composed
+    estimator: Estimator
     sampler: str = "poisson"
     relation: str = ADD_REMOVE
 
@@ -77,7 +80,8 @@ class PrivacyPlan:
         @cache
         def price(steps: int) -> float:
             rule = accountant(self.accountant, self.relation)
-            return _price(self.spent, rule, self.sampling, self.noise_multiplier, steps)(self.delta)
+            whole = priced(self.estimator, self.sampling, charges(self.sampling, steps))
+            return _price(self.spent, rule, whole, self.noise_multiplier, steps)(self.delta)
 
         stride = max(1, math.ceil(self.steps / _PRICED_POINTS))
         return lambda step: price(min(self.steps, math.ceil(step / stride) * stride))
@@ -98,6 +102,7 @@ def plan_privacy(
     noise_multiplier: float | None,
     accountant_name: str,
     ledger: Path,
+    estimator: Estimator,
     sampler: str = "poisson",
     relation: str = ADD_REMOVE,
 ) -> PrivacyPlan:
@@ -113,11 +118,12 @@ def plan_privacy(
     sampling = sized(sampler, num_records=num_records, batch_size=batch_size)
     rule = accountant(accountant_name, relation)
     budget = DEFAULT_EPSILON if epsilon is None and noise_multiplier is None else epsilon
+    whole = priced(estimator, sampling, charges(sampling, steps))
     if noise_multiplier is None:
         assert budget is not None
-        noise_multiplier = _noise(spent, rule, sampling, steps, Budget(budget, delta), ledger)
+        noise_multiplier = _noise(spent, rule, sampling, estimator, steps, Budget(budget, delta), ledger)
         _refuse_drowned(noise_multiplier, batch_size, budget)
-    found = _price(spent, rule, sampling, noise_multiplier, steps)(delta)
+    found = _price(spent, rule, whole, noise_multiplier, steps)(delta)
     if budget is not None and found > budget:
         raise BudgetExhausted(
             f"expected {steps} steps at noise multiplier {noise_multiplier:g} to fit epsilon {budget:g} at delta "
@@ -134,6 +140,7 @@ def plan_privacy(
         budget=budget,
         epsilon=found,
         spent=spent,
+        estimator=estimator,
         sampler=sampler,
         relation=relation,
     )
@@ -150,15 +157,20 @@ def _refuse_drowned(noise: float, batch_size: int, budget: float) -> None:
 
 
 def _price(
-    spent: Composed, rule: Accountant, sampling: Sampling, noise: float, steps: int
+    spent: Composed, rule: Accountant, whole: Callable[[float], Event], noise: float, steps: int
 ) -> Callable[[float], float]:
-    released = Repeated(sampling.event(Gaussian(noise)), charges(sampling, steps))
-    events = (*spent.events, released) if steps else spent.events
+    events = (*spent.events, whole(noise)) if steps else spent.events
     return rule.curve(Composed(events)).epsilon
 
 
 def _noise(
-    spent: Composed, rule: Accountant, sampling: Sampling, steps: int, budget: Budget, ledger: Path
+    spent: Composed,
+    rule: Accountant,
+    sampling: Sampling,
+    estimator: Estimator,
+    steps: int,
+    budget: Budget,
+    ledger: Path,
 ) -> float:
     before = rule.curve(spent).epsilon(budget.delta)
     if spent.events and before >= budget.epsilon:
@@ -167,8 +179,9 @@ def _noise(
             f"on the ledger {ledger}; raise --epsilon if the promise to the people in the data allows it (nothing was "
             "charged)"
         )
-    if spent.events or not isinstance(sampling, PoissonSampling) or rule.relation != ADD_REMOVE:
-        return noise_within(budget, rule, sampling, charges(sampling, steps), spent)
+    plain = isinstance(estimator, Plain) and rule.relation == ADD_REMOVE
+    if spent.events or not plain or not isinstance(sampling, PoissonSampling):
+        return noise_within(budget, rule, priced(estimator, sampling, charges(sampling, steps)), spent)
     try:
         return smallest_noise(
             epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling.sampling_rate, steps=steps,

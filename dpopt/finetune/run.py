@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from clipping import named_clipper
 from dpopt.budget import Budget
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.evaluation import mean_loss
-from dpopt.finetune.language_model import collate, logits, padding
+from dpopt.finetune.language_model import TokenBatch, collate, logits, padding
 from dpopt.finetune.listener import Listener, Silence, StepSeen
 from dpopt.finetune.outcome import Outcome, build_report
 from dpopt.finetune.plan import Prepared, prepare
@@ -106,7 +106,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
     tokens = torch.arange(16, device=prepared.device).view(2, 8)
     return PrivateTraining(
         prepared.model,
-        clipper=named_clipper(plan.clipping, prepared.model, plan.clip_norm),
+        estimator=privacy.estimator,
         mechanism=GaussianMechanism(privacy.noise_multiplier),
         sampling=privacy.sampling,
         budget=None if privacy.budget is None else Budget(privacy.budget, privacy.delta),
@@ -139,10 +139,15 @@ def _train(run: _Run, private: PrivateTraining) -> None:
 
 def _accumulate(prepared: Prepared, private: PrivateTraining, batch: Batch) -> None:
     # Records of similar length share a physical batch: it saves padding and changes no clipped gradient.
-    by_length = Batch(tuple(sorted(batch.examples, key=lambda example: len(example.ids))))  # pyright: ignore[reportAttributeAccessIssue]
-    for part in by_length.split(prepared.plan.physical_batch_size):
-        tokens = collate(part, pad=padding(prepared.tokenizer), device=prepared.device)
-        private.accumulate(causal_lm_losses(logits(prepared.model, tokens), tokens.labels))
+    order = sorted(range(len(batch.examples)), key=lambda i: len(batch.examples[i].ids))  # pyright: ignore[reportAttributeAccessIssue]
+    by_length = Batch(tuple(batch.examples[i] for i in order), tuple(batch.indices[i] for i in order))
+    for part in by_length.parts(prepared.plan.physical_batch_size):
+        tokens = collate(part.examples, pad=padding(prepared.tokenizer), device=prepared.device)  # pyright: ignore[reportArgumentType]
+        private.evaluate(partial(_losses, prepared.model, tokens), records=part.indices)
+
+
+def _losses(model: nn.Module, tokens: TokenBatch) -> Tensor:
+    return causal_lm_losses(logits(model, tokens), tokens.labels)
 
 
 def _show(run: _Run, step: int, epsilon: float, *, evaluate: bool) -> None:

@@ -135,6 +135,10 @@ class GridGaussianMechanism:
         for bound, std, size in zip(sensitivities, stds, sizes, strict=True):
             fineness(bound, std / bound, size, self.rounding)
 
+    def stds(self, sensitivities: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
+        """The standard deviation of the noise in each group, before the rounding that enlarges it a little."""
+        return self.mechanism.stds(sensitivities, sizes)
+
     def cells(self, clipped: ClippedSum) -> tuple[Cells, ...]:
         """The groups of parameters that share a grid."""
         if isinstance(self.mechanism, GaussianMechanism):

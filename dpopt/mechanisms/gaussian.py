@@ -69,6 +69,10 @@ class GaussianMechanism:
     def check(self, sensitivities: Sequence[float], sizes: Sequence[int]) -> None:
         """Every sum can be released."""
 
+    def stds(self, sensitivities: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
+        """The standard deviation of the noise in each group: the same."""
+        return (self.noise_multiplier * math.hypot(*sensitivities),) * len(sensitivities)
+
     def release(self, clipped: ClippedSum, noise: NoiseSource, divisor: float = 1.0) -> dict[str, Tensor]:
         """The noisy sum over `divisor`, in the tensors of `clipped`."""
         # Parameters in another memory format (channels_last) have sums in it too.

@@ -107,7 +107,7 @@ def test_per_layer_clipping_takes_a_list_or_one_norm():
         familiar(clipping="per_layer", max_grad_norm=[1.0])
     with pytest.raises(ValueError, match="expected one max_grad_norm with clipping='flat'; got"):
         familiar(max_grad_norm=[1.0, 2.0])
-    with pytest.raises(ValueError, match=r"one of flat, automatic, psac, per_layer, .*; got 'adaptive'"):
+    with pytest.raises(ValueError, match=r"out of flat, automatic, psac, per_layer, .*; got 'adaptive'"):
         familiar(clipping="adaptive")
 
 

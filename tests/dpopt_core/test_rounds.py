@@ -124,7 +124,7 @@ def test_guarantee_no_draw_is_released_twice(tmp_path):
         with pytest.raises(RuntimeError, match="got one that is past"):
             private.begin(first.number, len(first.indices))
         private.begin(second.number, len(second.indices))
-        private.sum.num_drawn = None
+        private.sum.admission.num_drawn = None
         with pytest.raises(RuntimeError, match="expected a batch drawn since"):
             private.release()
         with pytest.raises(RuntimeError, match="got one that is past"):

@@ -125,11 +125,13 @@ def test_guarantee_the_least_noise_was_priced(name):
         accountant("rdp", ZERO_OUT),
         Budget(2.0, 1e-5),
     )
-    noise = noise_within(budget, rule, sampling, 20)
-    price = [
-        rule.curve(Repeated(sampling.event(Gaussian(x)), 20)).epsilon(1e-5) for x in (noise, noise / 1.003)
-    ]
+
+    def whole(noise):
+        return Repeated(sampling.event(Gaussian(noise)), 20)
+
+    noise = noise_within(budget, rule, whole)
+    price = [rule.curve(whole(x)).epsilon(1e-5) for x in (noise, noise / 1.003)]
     assert price[0] <= 2.0 < price[1]
-    with pytest.raises(BudgetExhausted, match="to pay for 20 charges"):
-        noise_within(Budget(1e-9, 1e-12), rule, sampling, 20)
+    with pytest.raises(BudgetExhausted, match="to pay for the run"):
+        noise_within(Budget(1e-9, 1e-12), rule, whole)
     assert least_noise(lambda noise: 0.0, 1.0, low=0.5) == 0.5

@@ -16,7 +16,7 @@ from accountants import Gaussian, PoissonSampled, Repeated, accountant, charged,
 from dpopt import Budget, BudgetExhausted, GaussianMechanism, GroupClipper, normals, per_layer
 from dpopt.mechanisms.gaussian import add_normal
 from dpopt.randomness import insecure_key
-from dpopt.step import write_gradients
+from dpopt.gradients import write_gradients
 from dpopt.tiers import FastTier
 
 

@@ -62,13 +62,13 @@ def test_an_adapter_is_saved_and_loads(config, tiny_model: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # raised by peft
-@pytest.mark.parametrize(("clipping", "rank"), [("automatic", 0), ("per_layer:psac", 0), ("per_adapter", 2)])
-def test_a_run_clips_as_it_was_asked_to(config, tmp_path: Path, clipping: str, rank: int) -> None:
-    report = finetune(config(clipping=clipping, lora_rank=rank, clip_norm=0.5)).report
-    assert (report.clipping, report.clip_norm) == (clipping, 0.5)
+@pytest.mark.parametrize(("estimator", "rank"), [("automatic", 0), ("per_layer:psac", 0), ("per_adapter", 2)])
+def test_a_run_clips_as_it_was_asked_to(config, tmp_path: Path, estimator: str, rank: int) -> None:
+    report = finetune(config(estimator=estimator, lora_rank=rank, clip_norm=0.5)).report
+    assert (report.estimator, report.clip_norm) == (estimator, 0.5)
     flat = finetune(config(lora_rank=rank, out=tmp_path / "flat")).report
     assert report.epsilon == flat.epsilon
-    assert f"clipping {clipping}" in (tmp_path / "out" / "report.md").read_text()
+    assert f"{estimator}: each step is the sampled Gaussian" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_report_equals_the_ledger(config, validation_file: Path) -> None:
@@ -249,10 +249,10 @@ def test_too_little_room_is_refused_before_a_charge(config, monkeypatch: pytest.
         ({"epochs": 1.0}, r"expected steps or epochs; got both"),
         ({"lora_rank": -1}, r"expected a LoRA rank >= 0; got -1"),
         (
-            {"clipping": "per_adapter"},
+            {"estimator": "per_adapter"},
             r"LoRA adapters to clip per adapter; got LoRA rank 0, .*; pass --lora-rank 8",
         ),
-        ({"clipping": "adaptive"}, r"one of flat, automatic, .*; got 'adaptive'; flat is usual"),
+        ({"estimator": "adaptive"}, r"out of flat, automatic, .*; got 'adaptive'; flat is usual"),
         ({"epsilon": math.inf}, r"expected a finite epsilon > 0; got inf; .*--noise-multiplier 0"),
         ({"epsilon": 0.0}, r"expected a finite epsilon > 0; got 0"),
         ({"delta": 1.0}, r"expected 0 < delta < 1; got 1"),

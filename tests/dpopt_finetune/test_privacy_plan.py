@@ -8,6 +8,8 @@ import pytest
 
 import dpopt
 from accountants import BudgetExhausted, Gaussian, Ledger, PoissonSampled
+from clipping import Contribution, FlatClipper
+from dpopt.estimators import Plain
 from dpopt.finetune.privacy_plan import PrivacyPlan, default_delta, plan_privacy
 
 
@@ -21,6 +23,7 @@ def plan(ledger: Path, **changes) -> PrivacyPlan:
         "noise_multiplier": None,
         "accountant_name": "rdp",
         "ledger": ledger,
+        "estimator": Plain(Contribution(FlatClipper(1.0))),
     }
     return plan_privacy(**(settings | changes))
 

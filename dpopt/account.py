@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The account of a run: its ledger, what is paid from it, and what everything on it is worth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accountants import Accountant, Bound, Event, Ledger
+from dpopt.budget import Budget
+from dpopt.configuration import declared_assumptions, refuse_changed
+from dpopt.estimators.prices import Prices
+from dpopt.ledgers import default_ledger, insecurity, opened
+from dpopt.payments import Payments
+
+
+@dataclass(slots=True)
+class Account:
+    """A ledger at `path`, or by `default` in a new file, that `rule` prices within `budget`.
+
+    Another configuration than that of the ledger's last run is refused, unless `new_configuration`.
+    """
+
+    path: Path
+    default: bool
+    unit: str
+    relation: str
+    rule: Accountant
+    budget: Budget | None
+    new_configuration: bool
+    _payments: Payments | None = None
+
+    @classmethod
+    def at(
+        cls,
+        path: str | Path | None,
+        *,
+        unit: str,
+        relation: str,
+        rule: Accountant,
+        budget: Budget | None,
+        new_configuration: bool,
+    ) -> Account:
+        """One at `path`, or at the first free place."""
+        where = default_ledger() if path is None else Path(path)
+        return cls(where, path is None, unit, relation, rule, budget, new_configuration)
+
+    @property
+    def was_open(self) -> bool:
+        """Whether a run has begun on it."""
+        return self._payments is not None
+
+    @property
+    def payments(self) -> Payments:
+        """The rounds of this run, and what was paid for them."""
+        if self._payments is None:
+            raise RuntimeError("expected an open run; got one not entered yet; use it in a `with` statement")
+        return self._payments
+
+    @property
+    def ledger(self) -> Ledger:
+        """The open ledger."""
+        return self.payments.ledger
+
+    def open(self, expected: Event) -> Ledger:
+        """Open the ledger for a run that will charge `expected`."""
+        given = None if self.default else self.path
+        self.path, ledger = opened(given, unit=self.unit, relation=self.relation, expected=expected)
+        self.default = False  # entered again, the run continues its ledger
+        return ledger
+
+    def begin(self, ledger: Ledger, config: Mapping[str, object], prices: Prices, length: int) -> None:
+        """Check configuration and budget, and note the run on the ledger; `length` is that of a round."""
+        if not self.new_configuration:
+            refuse_changed(ledger.attempts, config, self.path)
+        self._payments = Payments.begin(ledger, prices, length, self.budget, self.rule, self.path)
+        ledger.attempt(config, event=prices.at(0))
+
+    def tell(self) -> None:
+        """Print where the ledger is."""
+        print(f"dpopt: the privacy ledger of this run is {self.path}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the ledger, if it is open."""
+        if self._payments is not None:
+            self._payments.ledger.close()
+
+    def bound(self, delta: float) -> Bound:
+        """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
+        bound = self.rule.curve(self.ledger.events()).bound(delta)
+        attempts = self.ledger.attempts
+        said = (*bound.assumptions, *declared_assumptions(attempts), *insecurity(attempts))
+        return replace(bound, assumptions=said)

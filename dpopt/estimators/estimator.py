@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimators: how a step makes a gradient out of what its examples contribute.
+
+    public state -> Stage: what each example adds        (clipping.Contribution, SENSITIVE from here)
+                 -> one clipped sum of named vectors     -> one joint Gaussian, charged     THE BOUNDARY
+                 -> Stage.finish: the gradient, and the next public state                   (post-processing)
+
+The law of this file: a stage is made from public state alone, and `finish` sees what was released and nothing else. The
+one exception is `fold`, for hidden state: it stands before the noise, and its estimator pays for it by an event of
+its own.
+
+To add an estimator: write one file, and one line in `dpopt.estimators.named`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from accountants import Event
+from clipping import Contribution
+from dpopt.estimators.stage import Stage
+from dpopt.mechanisms.grouped import Allocation
+from dpopt.sampling import Sampling
+
+Factors = Callable[[int], float]
+"""Number of a step -> what the noise multiplier is multiplied by in that step: public, and fixed in advance."""
+
+
+class Estimator(Protocol):
+    """How released vectors become a gradient."""
+
+    @property
+    def guarantee(self) -> str:
+        """What one step costs and why, in a sentence for people."""
+        ...
+
+    @property
+    def setting(self) -> Mapping[str, float | str | None]:
+        """Name and public numbers, for the ledger: a run that continues another must have the same."""
+        ...
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """How the released vectors share the budget of a step; None: as the mechanism says."""
+        ...
+
+    @property
+    def factors(self) -> Factors | None:
+        """How the noise multiplier varies from step to step; None: not."""
+        ...
+
+    def event(self, sampling: Sampling, released: Event) -> Event:
+        """What one charge of `sampling` costs, where the release by itself is `released`."""
+        ...
+
+    def stage(self, step: int) -> Stage:
+        """The step number `step` of a run, from public state. Changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The clipped sum itself: DP-SGD with any clipper, and no state.
+
+    Guarantees
+    ----------
+    One step is the Gaussian mechanism of the mechanism's event, on a draw of the sampler
+    (test_guarantee_release_is_the_charged_mechanism).
+    """
+
+    contribution: Contribution
+
+    @property
+    def guarantee(self) -> str:
+        """What one step costs."""
+        return "each step is the sampled Gaussian mechanism on the clipped sum"
+
+    @property
+    def setting(self) -> Mapping[str, float | str | None]:
+        """Name and public numbers."""
+        return {"name": "plain"}
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """The mechanism's own."""
+        return None
+
+    @property
+    def factors(self) -> Factors | None:
+        """The same noise in each step."""
+        return None
+
+    def event(self, sampling: Sampling, released: Event) -> Event:
+        """That of the sampler."""
+        return sampling.event(released)
+
+    def stage(self, step: int) -> Stage:
+        """The same for every step."""
+        return Stage(self.contribution, lambda released: released, direct=True)

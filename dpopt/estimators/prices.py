@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of an estimator costs: the event of each charge, and of all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accountants import Accountant, Composed, Event, Repeated
+from dpopt.budget import Budget, affordable
+from dpopt.estimators.estimator import Estimator
+from dpopt.estimators.releases import mechanism_of
+from dpopt.mechanisms import GaussianMechanism, Mechanism
+from dpopt.sampling import Sampling
+
+_MOST = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """`at(n)` is the event of charge number n of a run; `constant` says that all are the same."""
+
+    at: Callable[[int], Event]
+    constant: bool
+
+    def whole(self, charges: int) -> Event:
+        """The event of the first `charges` charges."""
+        if self.constant:
+            return Repeated(self.at(0), charges)
+        counted = Counter(self.at(number) for number in range(charges))
+        return Composed(tuple(Repeated(event, count) for event, count in counted.items()))
+
+    def affordable(self, budget: Budget, rule: Accountant, spent: Event) -> int:
+        """How many charges, from the first on, fit `budget` on top of `spent`, priced by `rule`."""
+        if self.constant:
+            return affordable(budget, self.at(0), rule, spent)
+
+        def fits(charges: int) -> bool:
+            whole = Composed((spent, self.whole(charges)))
+            return charges == 0 or rule.curve(whole).epsilon(budget.delta) <= budget.epsilon
+
+        high = 1
+        while high < _MOST and fits(high):
+            high *= 2
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+
+def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Prices:
+    """The prices of a run.
+
+    Guarantees
+    ----------
+    Each charge is the event of the mechanism that releases that step, at its own noise
+    (test_guarantee_each_step_is_charged_with_its_own_noise).
+    """
+    if estimator.factors is not None and sampling.steps_per_charge > 1:
+        raise ValueError(
+            "expected a sampler that draws each step anew where the noise varies from step to step; got "
+            f"{type(sampling).__name__}, whose charges pay for a whole epoch; use Poisson sampling"
+        )
+
+    def at(charge: int) -> Event:
+        return estimator.event(sampling, mechanism_of(estimator, mechanism, charge).event())
+
+    return Prices(at, estimator.factors is None)
+
+
+def priced(estimator: Estimator, sampling: Sampling, charges: int) -> Callable[[float], Event]:
+    """A function from a noise multiplier to the event of a run of so many charges."""
+    return lambda noise: prices(estimator, sampling, GaussianMechanism(noise)).whole(charges)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing what was released, and nothing else, into `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+
+def write_gradients(parameters: dict[str, nn.Parameter], released: Mapping[str, Tensor]) -> None:
+    """Set each parameter's `.grad` to what was released, in the parameter's dtype; all of them, or clear them."""
+    try:
+        written = {name: released[name].to(parameters[name].dtype) for name in parameters}
+        for name, parameter in parameters.items():
+            parameter.grad = written[name]
+    except BaseException:
+        # Half of this step and half of an older one are no gradient.
+        clear_gradients(parameters.values())
+        raise
+
+
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Set every `.grad` to None."""
+    for parameter in parameters:
+        parameter.grad = None
