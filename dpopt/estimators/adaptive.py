@@ -138,7 +138,7 @@ class Quantile:
         """What one step costs."""
         return (
             f"the clip norm follows the {self.target:g} quantile by a noisy count, which takes {self.share:.1%} of each "
-            "step's budget: each step is the sampled Gaussian mechanism"
+            "step's budget: each step is the Gaussian mechanism on one draw"
         )
 
     @property
@@ -207,7 +207,7 @@ class Slack:
         """What one step costs."""
         return (
             f"the clip norm follows the {self.target:g} quantile by counts that share the ball of the clipped gradient: "
-            "each step is the sampled Gaussian mechanism, at no price for the counts"
+            "each step is the Gaussian mechanism on one draw, at no price for the counts"
         )
 
     @property

@@ -75,7 +75,7 @@ class Centred:
         """What one step costs."""
         return (
             f"differences from a centre made of earlier releases, clipped to {self.clip_norm:g}: each step is the "
-            f"sampled Gaussian mechanism{'' if self.rounds == 1 else f', its noise shared by {self.rounds} rounds'}"
+            f"Gaussian mechanism on one draw{'' if self.rounds == 1 else f', its noise shared by {self.rounds} rounds'}"
         )
 
     @property

@@ -67,7 +67,7 @@ class Clip21:
         """What one step costs."""
         return (
             f"what is new in each record's gradient, clipped to {self.clip_norm:g}; a record's memory is its own and "
-            "takes part by its own coin: each step is dominated by the sampled Gaussian mechanism"
+            "takes part by its own coin: each step is dominated by the Gaussian mechanism on one draw"
         )
 
     @property

@@ -66,7 +66,7 @@ class Dice:
         """What one step costs."""
         return (
             f"clipped at {self.clip_norm:g} with hidden feedback of at most {self.feedback:g} a step, which is not "
-            "amplified by sampling: charged the least of the unamplified and the hybrid bound"
+            "amplified by sampling: charged the least of the bounds that are proven for it"
         )
 
     @property

@@ -70,7 +70,7 @@ class Difference:
         return (
             f"gradients clipped at {self.clip_norm:g} every {self.restart} steps and differences clipped at "
             f"{self.smoothness:g} |x - x'| in between, at noise multipliers z and {self.ratio:g} z: each step is the "
-            "sampled Gaussian mechanism"
+            "Gaussian mechanism on one draw"
         )
 
     @property

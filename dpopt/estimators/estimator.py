@@ -75,7 +75,7 @@ class Plain:
     @property
     def guarantee(self) -> str:
         """What one step costs."""
-        return "each step is the sampled Gaussian mechanism on the clipped sum"
+        return "each step is the Gaussian mechanism on the clipped sum of one draw"
 
     @property
     def setting(self) -> Mapping[str, float | str | None]:

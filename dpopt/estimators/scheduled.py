@@ -51,8 +51,8 @@ class Scheduled:
     def guarantee(self) -> str:
         """What one step costs."""
         return (
-            "clip norm and noise follow a public schedule, and each step is charged as the sampled Gaussian mechanism "
-            "of its own noise"
+            "clip norm and noise follow a public schedule, and each step is charged as the Gaussian mechanism "
+            "of its own noise, on one draw"
         )
 
     @property

@@ -56,7 +56,7 @@ class TwoThreshold:
         """What one step costs."""
         return (
             f"gradients clipped at {self.clip_norm:g} and the rest at {self.rest:g}, in one Gaussian release whose "
-            "noise both share: each step is the sampled Gaussian mechanism; averages of releases are free"
+            "noise both share: each step is the Gaussian mechanism on one draw; averages of releases are free"
         )
 
     @property

@@ -17,6 +17,7 @@ TINY = {
     "05_gan": ["--records", "200", "--epochs", "1", "--batch-size", "50", "--width", "8"],
     "04_explicit_door": ["--records", "20", "--validation", "4", "--steps", "2", "--batch-size", "8",
                          "--micro-batch", "4", "--tokens", "12"],
+    "06_estimators": ["--records", "30", "--steps", "2"],
 }  # fmt: skip
 
 
