@@ -46,7 +46,7 @@ CLIPPERS: Mapping[str, NamedClipper] = {
         for r, rule in RULES.items()
     },
 }
-"""Every name that `clipping=` takes."""
+"""Every name of a way to clip; `dpopt.estimators` has more names of estimators."""
 
 
 def check_clipping(name: str) -> None:

@@ -57,6 +57,7 @@ class Report:
     num_parameters: int
     num_trainable: int
     learning_rate: float
+    optimizer: str
     physical_batch_size: int
     max_tokens: int
     model_seed: int
@@ -199,6 +200,7 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("Trained", f"{report.tuning}: {report.num_trainable:,} of {report.num_parameters:,} parameters"),
             ("Training data", f"{report.data}; {report.num_records:,} records"),
             ("Validation data", report.validation),
+            ("Optimizer", report.optimizer),
             ("Learning rate", f"{report.learning_rate:g} at first, falling linearly to 0"),
             ("Tokens a record", f"at most {report.max_tokens}"),
             ("Physical batch", f"{report.physical_batch_size} records (no effect on the claim)"),

@@ -124,6 +124,7 @@ class PrivateTraining:
         self._tier.check(mechanism_of(self.estimator, mechanism, 0), sampling, bounds, sizes)
         self.accountant.curve(self.event)  # refuses what has no price under this relation
         self.noise_stds: dict[str, float] = {}
+        """The standard deviation of the noise in each `.grad` of the last release; empty where it is of several."""
         self._open = False
         self._watch = Watch(model, self.sum)
 
@@ -298,7 +299,8 @@ class PrivateTraining:
             size = self.sampling.expected_batch_size
             released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
             write_gradients(self.sum.parameters, released.gradient)
-            self.noise_stds = released.stds if self._stage.direct else {}
+            told = released.stds if self._stage.direct else {}
+            self.noise_stds = {name: std for name, std in told.items() if name in self.sum.parameters}
         finally:
             self.sum.end()
 

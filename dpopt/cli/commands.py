@@ -197,6 +197,20 @@ def finetune(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="adamw, adam-bc (its second moment without the noise) or sgd (with momentum).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "adamw",
+    averaging: Annotated[
+        float | None,
+        typer.Option(
+            help="Evaluate and save the moving average of the weights, with this decay. (default: none)",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     lora_rank: Annotated[
         int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.", rich_help_panel=_TRAINING)
     ] = 0,
@@ -254,6 +268,8 @@ def finetune(
             batch_size=batch_size,
             physical_batch_size=physical_batch_size,
             learning_rate=lr,
+            optimizer=optimizer,
+            averaging=averaging,
             lora_rank=lora_rank,
             clip_norm=clip_norm,
             estimator=estimator,

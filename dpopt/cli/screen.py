@@ -133,7 +133,7 @@ def _claim(plan: RunPlan) -> Panel:
                 "steps",
                 f"{privacy.steps} of {privacy.batch_size} expected records; noise multiplier "
                 f"{number(privacy.noise_multiplier, 4)}, clip norm {plan.clip_norm:g}, "
-                f"learning rate {plan.learning_rate:g}",
+                f"{plan.optimizer} at learning rate {plan.learning_rate:g}",
             ),
             ("estimator", f"{plan.estimator}: {privacy.estimator.guarantee}"),
             ("accountant", privacy.accountant),

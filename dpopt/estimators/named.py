@@ -119,6 +119,11 @@ _BUILDERS: Mapping[str, Callable[..., Estimator]] = {
     "diff2": _diff2,
     "dice": _dice,
 }
+INDIRECT = frozenset(
+    ("median", "huber", "coordinate_median", "geometric_median", "two_threshold", "clip21", "diff2")
+)
+"""Names of estimators whose gradient is made of several releases: its noise is not that of one."""
+
 ESTIMATORS: tuple[str, ...] = (*CLIPPERS, *_BUILDERS)
 """Every name that `clipping=` and `--estimator` take, before a colon and numbers."""
 

@@ -11,7 +11,8 @@ from accountants import ADD_REMOVE
 from accountants.registry import ACCOUNTANTS
 from accountants.relations import check_relation
 from dpopt.cryptographic import require_cryptography
-from dpopt.estimators.named import check_estimator
+from dpopt.estimators.named import INDIRECT, check_estimator
+from dpopt.finetune.tuning import OPTIMIZERS
 from dpopt.records import InputError, RecordFormat
 from dpopt.samplers import require_sized
 
@@ -24,7 +25,9 @@ class FinetuneConfig:
     records (none: the embedded private docstrings); `lora_rank` 0 trains all weights. With a `noise_multiplier`
     and no `epsilon` there is no budget, only a price; a noise multiplier of 0 makes the run *not private*.
     `sampler` is one of `dpopt.samplers`, `relation` says which datasets are neighbours, `secure` takes batches and
-    noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted. `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
+    noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted.
+    `optimizer` is one of `dpopt.finetune.tuning.OPTIMIZERS`, and `averaging` the decay of a moving average of the weights,
+    which is then what is evaluated and saved. `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
     anything else that is charged or clipped has changed.
     """
 
@@ -43,6 +46,8 @@ class FinetuneConfig:
     batch_size: int | None = None
     physical_batch_size: int = 32
     learning_rate: float | None = None
+    optimizer: str = "adamw"
+    averaging: float | None = None
     lora_rank: int = 0
     clip_norm: float = 1.0
     estimator: str = "flat"
@@ -64,6 +69,7 @@ class FinetuneConfig:
         _check_privacy(self)
         _check_sampling(self)
         _check_estimator(self)
+        _check_tuning(self)
         if self.steps is not None and self.epochs is not None:
             raise InputError("expected steps or epochs; got both; leave one out")
         if self.validation and not self.train:
@@ -106,6 +112,21 @@ def _check_estimator(config: FinetuneConfig) -> None:
             "expected LoRA adapters to clip per adapter; got LoRA rank 0, which trains all weights; pass "
             "--lora-rank 8, or --estimator per_block"
         )
+
+
+def _check_tuning(config: FinetuneConfig) -> None:
+    if config.optimizer not in OPTIMIZERS:
+        raise InputError(
+            f"expected an optimizer out of {', '.join(OPTIMIZERS)}; got {config.optimizer!r}; adamw is usual"
+        )
+    direct = config.estimator.partition(":")[0] not in INDIRECT
+    if config.optimizer == "adam-bc" and not direct:
+        raise InputError(
+            f"expected an estimator whose gradient has the noise of one release with adam-bc; got {config.estimator}, "
+            "which makes it of several; pass --optimizer adamw"
+        )
+    if config.averaging is not None and not 0 < config.averaging < 1:
+        raise InputError(f"expected 0 < averaging < 1; got {config.averaging}; 0.95 averages about 20 steps")
 
 
 def _check_privacy(config: FinetuneConfig) -> None:

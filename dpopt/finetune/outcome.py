@@ -117,6 +117,7 @@ def build_report(plan: RunPlan, outcome: Outcome) -> Report:
         num_parameters=plan.num_parameters,
         num_trainable=plan.num_trainable,
         learning_rate=plan.learning_rate,
+        optimizer=_optimizer(plan),
         physical_batch_size=plan.physical_batch_size,
         max_tokens=plan.max_tokens,
         model_seed=plan.seed,
@@ -129,6 +130,12 @@ def build_report(plan: RunPlan, outcome: Outcome) -> Report:
         versions=versions(),
         curve=tuple((seen.step, seen.epsilon, seen.loss) for seen in outcome.history),
     )
+
+
+def _optimizer(plan: RunPlan) -> str:
+    if plan.averaging is None:
+        return plan.optimizer
+    return f"{plan.optimizer}; saved is the moving average of the weights, of decay {plan.averaging:g}"
 
 
 def _randomness(plan: RunPlan) -> str:

@@ -50,6 +50,8 @@ class RunPlan:
     clip_norm: float
     estimator: str
     learning_rate: float
+    optimizer: str
+    averaging: float | None
     physical_batch_size: int
     max_tokens: int
     lora_rank: int
@@ -109,6 +111,8 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         clip_norm=config.clip_norm,
         estimator=config.estimator,
         learning_rate=config.learning_rate or _learning_rate(config.lora_rank, embedded=corpus.embedded),
+        optimizer=config.optimizer,
+        averaging=config.averaging,
         physical_batch_size=config.physical_batch_size,
         max_tokens=max_tokens,
         lora_rank=config.lora_rank,

@@ -24,6 +24,7 @@ from dpopt.finetune.listener import Listener, Silence, StepSeen
 from dpopt.finetune.outcome import Outcome, build_report
 from dpopt.finetune.plan import Prepared, prepare
 from dpopt.finetune.saving import NotSaved, check_room, save_all
+from dpopt.finetune.tuning import Tuning
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism
 from dpopt.report import Report
@@ -125,16 +126,20 @@ def _private(prepared: Prepared) -> PrivateTraining:
 def _train(run: _Run, private: PrivateTraining) -> None:
     prepared, plan = run.prepared, run.prepared.plan
     steps, price = plan.privacy.steps, plan.privacy.prices()
-    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    tuning = Tuning(
+        prepared.model, private, optimizer=plan.optimizer, learning_rate=plan.learning_rate, steps=steps,
+        averaging=plan.averaging,
+    )  # fmt: skip
     _show(run, 0, price(0), evaluate=True)
-    for step, batch in enumerate(private.batches(prepared.train, steps=steps), start=1):
-        _accumulate(prepared, private, batch)
-        private.release()
-        optimizer.step()
-        schedule.step()
-        _show(run, step, price(step), evaluate=step % plan.eval_every == 0 or step == steps)
+    try:
+        for step, batch in enumerate(private.batches(prepared.train, steps=steps), start=1):
+            _accumulate(prepared, private, batch)
+            private.release()
+            tuning.step()
+            with tuning.shown():
+                _show(run, step, price(step), evaluate=step % plan.eval_every == 0 or step == steps)
+    finally:
+        tuning.finish()
 
 
 def _accumulate(prepared: Prepared, private: PrivateTraining, batch: Batch) -> None:

@@ -150,11 +150,17 @@ class AdamBC(Optimizer):
 def noise_std_of(source: NoisyRun | RunOwner) -> Callable[[], dict[Tensor, float]]:
     """The noise in the gradients that a run released last, asked for at each step: clip norms may change.
 
+    Raises ValueError before the first release, and for estimators whose gradient holds the noise of several releases.
     `source` is a `PrivateTraining`, or a `PrivacyEngine`, whose run may begin later, in `make_private`.
     """
 
     def noise_stds() -> dict[Tensor, float]:
         run = source.training if isinstance(source, RunOwner) else source
+        if not run.noise_stds:
+            raise ValueError(
+                "expected a gradient with the noise of the last release; got none released yet, or an estimator that "
+                "makes its gradient of several releases; use another optimizer with it"
+            )
         return {run.model.get_parameter(name): std for name, std in run.noise_stds.items()}
 
     return noise_stds

@@ -71,6 +71,27 @@ def test_a_run_clips_as_it_was_asked_to(config, tmp_path: Path, estimator: str, 
     assert f"{estimator}: each step is the Gaussian" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("optimizer", ["adam-bc", "sgd"])
+def test_a_run_tunes_as_it_was_asked_to(config, tmp_path: Path, optimizer: str) -> None:
+    found = finetune(config(optimizer=optimizer, insecure_seed=1))
+    usual = finetune(config(insecure_seed=1, out=tmp_path / "usual"))
+    assert found.report.optimizer == optimizer and usual.report.optimizer == "adamw"
+    pairs = zip(found.model.parameters(), usual.model.parameters(), strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
+
+
+def test_the_saved_weights_are_the_average_where_one_is_wanted(config, tmp_path: Path) -> None:
+    last = finetune(config(insecure_seed=1, steps=1, out=tmp_path / "last"))
+    mean = finetune(config(insecure_seed=1, steps=1, averaging=0.9))
+    assert "moving average of the weights, of decay 0.9" in told(mean.out)["optimizer"]
+    start = AutoModelForCausalLM.from_pretrained(config().model)
+    for a, b, c in zip(start.parameters(), mean.model.parameters(), last.model.parameters(), strict=True):
+        # The first decay is (1 + 0) / (10 + 0): the average holds a tenth of the initial weights.
+        torch.testing.assert_close(b, 0.1 * a + 0.9 * c, rtol=1e-4, atol=1e-6)
+    saved = AutoModelForCausalLM.from_pretrained(mean.out / "model")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), mean.model.parameters(), strict=True))
+
+
 def test_the_report_equals_the_ledger(config, validation_file: Path) -> None:
     result = finetune(config(validation=(validation_file,), validation_is_public=True, eval_every=2))
     report, ledger = told(result.out), result.out / "privacy.ledger.jsonl"
@@ -253,6 +274,12 @@ def test_too_little_room_is_refused_before_a_charge(config, monkeypatch: pytest.
             r"LoRA adapters to clip per adapter; got LoRA rank 0, .*; pass --lora-rank 8",
         ),
         ({"estimator": "adaptive"}, r"out of flat, automatic, .*; got 'adaptive'; flat is usual"),
+        ({"optimizer": "adam"}, r"an optimizer out of adamw, adam-bc, sgd; got 'adam'"),
+        (
+            {"optimizer": "adam-bc", "estimator": "median:rate=1"},
+            r"noise of one release .*; got median:rate=1",
+        ),
+        ({"averaging": 1.0}, r"expected 0 < averaging < 1; got 1"),
         ({"epsilon": math.inf}, r"expected a finite epsilon > 0; got inf; .*--noise-multiplier 0"),
         ({"epsilon": 0.0}, r"expected a finite epsilon > 0; got 0"),
         ({"delta": 1.0}, r"expected 0 < delta < 1; got 1"),
