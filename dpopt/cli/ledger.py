@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -155,7 +156,7 @@ def _facts(seen: Summary) -> list[tuple[str, str]]:
 
 
 def _runs(seen: Summary) -> Table:
-    table = Table("run", "record", "charges", "mechanism", "sampler", "budget", "seed", title="Runs")
+    table = Table("run", "record", "charges", "estimator", "sampler", "budget", "seed", title="Runs")
     before = () if seen.outside is None else (("-", seen.outside),)
     for number, run in (*before, *((str(i), run) for i, run in enumerate(seen.attempts, start=1))):
         table.add_row(number, str(run.seq), str(run.num_charges), *_configuration(run))
@@ -164,7 +165,9 @@ def _runs(seen: Summary) -> Table:
 
 def _configuration(run: Attempt) -> tuple[str, ...]:
     config = run.config
-    cells = [escape(str(config.get(name, "-"))) for name in ("mechanism", "sampler", "budget")]
+    told = config.get("estimator")
+    estimator = told.get("name", "-") if isinstance(told, Mapping) else "-"
+    cells = [escape(str(x)) for x in (estimator, config.get("sampler", "-"), config.get("budget", "-"))]
     seed = config.get("insecure_seed")
     return (*cells, "secret" if seed is None else f"PUBLIC: {escape(str(seed))}")
 
