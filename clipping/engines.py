@@ -13,7 +13,7 @@ clipped inside the backward). Two backwards: `clipping.two_pass`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clipping.absent import Absent
 from clipping.contributions import Contribution, Measured
 from clipping.costs import DEFAULT, Choice, Costs, settled
 from clipping.grads import SampleGrads
@@ -81,13 +82,14 @@ class Sums:
 
     `mean` says that a backward starts from the mean of its examples' losses: recorded gradients are then
     multiplied by B. `keep` (B,) says which rows of this backward are examples; the rest fill a fixed shape up.
-    `choices` tells which path each parameter took last.
+    `parameters`, by name, are needed where the contribution is moved. `choices` tells which path each parameter took last.
     """
 
     contribution: Contribution
     groups: tuple[tuple[str, ...], ...]
     mean: bool = False
     costs: Costs = DEFAULT
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
     keep: Tensor | None = None
     totals: dict[str, Tensor] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -106,6 +108,15 @@ class Sums:
         """The gradients that are clipped."""
         move = self.contribution.moved
         return grads if move is None else move(name, grads, self.scale(num_examples))
+
+    def absent(self, row: int, found: Container[str], num_examples: int) -> dict[str, SampleGrads]:
+        """What is clipped of the parameters of group `row` that a backward did not reach; nothing if they stay zero."""
+        if self.contribution.moved is None:
+            return {}
+        left = (name for name in self.groups[row] if name not in found)
+        return {
+            n: self.moved(n, Absent(self.parameters[n].detach(), num_examples), num_examples) for n in left
+        }
 
     def measured(self, squares: list[Tensor], row: int, num_examples: int) -> Measured:
         """What each example adds of group `row`, from the squared norms of its parameters; 0 where not finite.
@@ -235,8 +246,9 @@ class Clipping:
         self._open.discard(row)
         squares, self._squares[row] = self._squares[row], []
         held, self._held[row] = self._held[row], {}
-        if not held:
-            return
+        for name, grads in self._sums.absent(row, held, num_examples).items():
+            held[name] = grads
+            squares.append(sq_norm(grads, self._sums.space))
         measured = self._sums.measured(squares, row, num_examples)
         finite = masked(measured, wait=len(self._held) == 1)
         self._sums.count(measured)

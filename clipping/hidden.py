@@ -22,6 +22,8 @@ from clipping.grads import row_norm
 class HiddenState:
     """The vector e of e <- e + sum_i r_i - clip(e, clip_norm), which adds clip(e, clip_norm) to each step's sum.
 
+    `give` makes a step's sum, `keep` takes the step over once it is released.
+
     Guarantees
     ----------
     What `give` adds has norm at most `clip_norm` whatever the state, so between any two states it differs by at most
@@ -32,20 +34,27 @@ class HiddenState:
         self.clip_norm = clip_norm
         self._clipper = FlatClipper(clip_norm)
         self._state: dict[str, Tensor] = {}
+        self._next: dict[str, Tensor] | None = None
 
     def give(self, total: Mapping[str, Tensor], cut: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`total` plus the clipped state; takes what this step's clipping `cut` off into the state."""
+        """`total` plus the clipped state; what this step's clipping `cut` off is in the state to keep."""
         weight = self._weight()
-        if weight == 0.0:  # nothing yet, or overflown: then it holds no direction any more
-            self._state = {}
+        # Nothing yet, or overflown: then it holds no direction any more.
+        state = self._state if weight > 0.0 else {}
         found = {
-            name: value if name not in self._state else value + weight * self._state[name]
+            name: value if name not in state else value + weight * state[name]
             for name, value in total.items()
         }
-        for name in {*self._state, *cut}:
-            kept = self._state[name] * (1 - weight) if name in self._state else torch.zeros_like(total[name])
-            self._state[name] = kept if name not in cut else kept + cut[name]
+        self._next = {}
+        for name in {*state, *cut}:
+            kept = state[name] * (1 - weight) if name in state else torch.zeros_like(total[name])
+            self._next[name] = kept if name not in cut else kept + cut[name]
         return found
+
+    def keep(self) -> None:
+        """The step is released: go on from it."""
+        if self._next is not None:
+            self._state, self._next = self._next, None
 
     def __repr__(self) -> str:
         return f"HiddenState({self.clip_norm}, <hidden>)"
@@ -60,5 +69,7 @@ class HiddenState:
         if not self._state:
             return 0.0
         parts = [row_norm(value.unsqueeze(0)).double().cpu() for value in self._state.values()]
-        norm = torch.linalg.vector_norm(torch.cat(parts))
-        return float(self._clipper.weights(norm.view(1))[0] * (1 - 1e-5))
+        double = all(value.dtype == torch.float64 for value in self._state.values())
+        # In the dtype of the state: a weight that is no normal number there would be rounded up by half and more.
+        norm = torch.linalg.vector_norm(torch.cat(parts)).to(torch.float64 if double else torch.float32)
+        return float(self._clipper.weights(norm.view(1))[0].double() * (1 - 1e-5))

@@ -46,6 +46,9 @@ class Measuring:
     def complete(self, num_examples: int) -> None:
         """Turn norms into weights."""
         self._sums.space.forget()
+        for row, squares in enumerate(self._squares):
+            absent = self._sums.absent(row, self.seen, num_examples)
+            squares += [sq_norm(grads, self._sums.space) for grads in absent.values()]
         rows = enumerate(self._squares)
         self.measured = [self._sums.measured(squares, row, num_examples) for row, squares in rows]
         self.num_examples = num_examples
@@ -98,8 +101,10 @@ class Summing:
             )
         if not self._admitted:
             self._admit(num_examples)
-        for measured in self._first.measured:
+        for row, measured in enumerate(self._first.measured):
             self._sums.count(measured)
+            for name, grads in self._sums.absent(row, self._first.seen, num_examples).items():
+                self._sums.add(name, grads, measured, self._finite[row])
         self._admit(None)
 
 

@@ -16,7 +16,8 @@ def add_difference(
     step: StepSum,
     losses: Callable[[], Tensor],
     previous: Mapping[str, Tensor],
-    records: Sequence[int] | None,
+    keep: Sequence[bool] | Tensor | None = None,
+    records: Sequence[int] | None = None,
 ) -> None:
     """Add, for each example, its gradient at the parameters as they are less that at `previous`, clipped as one.
 
@@ -26,7 +27,7 @@ def add_difference(
     first = losses()
     if first.shape[0] == 0:
         return
-    with step.same_examples(records):
+    with step.same_examples(keep, records):
         step.add(first)
         del first
         _set_random_state(state)

@@ -25,7 +25,7 @@ class BallsInBins:
     The event is `OncePerEpoch(num_batches, BY_RECORD, ...)`: one unamplified Gaussian an epoch, also when records are
     added or removed, since no coin depends on who else is there. No amplification is claimed: for balls in bins the
     known figures are Monte Carlo estimates (Chua et al. 2025, arXiv:2412.16802)
-    (test_guarantee_epochs_give_each_record_one_batch, test_guarantee_once_per_epoch_covers_a_shuffle).
+    (test_guarantee_epochs_give_each_record_one_batch, test_guarantee_once_per_epoch_covers_a_shuffle_that_poisson_does_not).
     """
 
     num_batches: int

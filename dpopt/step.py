@@ -60,7 +60,7 @@ class StepSum:
     ) -> None:
         self.tape = Tape(model, self._begin, batch_dim=batch_dim)
         groups = contribution.clipper.groups(list(self.tape.parameters))
-        self.sums = Sums(contribution, groups, mean, costs)
+        self.sums = Sums(contribution, groups, mean, costs, self.tape.parameters)
         self.two_pass = two_pass
         self.admission = Admission()
         self.hold = False
@@ -139,7 +139,9 @@ class StepSum:
         self.tape.turns.renew()
 
     @contextmanager
-    def same_examples(self, records: Sequence[int] | None = None) -> Iterator[None]:
+    def same_examples(
+        self, keep: Sequence[bool] | Tensor | None = None, records: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """Merge the backwards inside, and clip and count their examples once at the end."""
         if self._merging is not None:
             raise RuntimeError(
@@ -152,11 +154,12 @@ class StepSum:
             yield
             merged, self._merging = self._merging, None
             if merged is not None and merged.num_examples is not None:
-                self._name(records, merged.num_examples)
+                self._expect(merged.num_examples, keep, records)
                 merged.hand_over(self._collector(merged.idle))
         finally:
             self._merging = None
             self._running = self.sums
+            self.admission.forget_expected()
 
     def add(
         self,
@@ -175,11 +178,8 @@ class StepSum:
         """
         self.admission.require_drawn()
         num_rows = losses.shape[0]
-        kept = None if keep is None else self._keep(torch.as_tensor(keep, dtype=torch.bool), num_rows)
-        self.admission.expect(num_rows, kept)
         try:
-            if self._merging is None:
-                self._name(records, num_rows)
+            self._expect(num_rows, keep, records)
             if not self.probing.done and num_rows > 1:
                 self.probing.run([losses])
             self._backward(losses.mean() if self.sums.mean else losses.sum())
@@ -189,18 +189,20 @@ class StepSum:
             self._running = self.sums
         self.admission.require_met()
 
-    def _keep(self, keep: Tensor, num_rows: int) -> int:
-        if self._merging is not None or keep.shape != (num_rows,):
+    def _expect(
+        self, num_rows: int, keep: Sequence[bool] | Tensor | None, records: Sequence[int] | None
+    ) -> None:
+        """Say which of the rows to come are examples, and which records; a block of several backwards says it once."""
+        flags = None if keep is None else torch.as_tensor(keep, dtype=torch.bool)
+        if flags is not None and (self._merging is not None or flags.shape != (num_rows,)):
             raise ValueError(
                 "expected one flag of keep for each loss, outside same_examples(); got another number, or such a "
                 "block; pad each backward by itself"
             )
-        self._running = replace(self.sums, keep=keep)
-        return int(keep.sum())
-
-    def _name(self, records: Sequence[int] | None, num_rows: int) -> None:
+        self.admission.expect(num_rows, None if flags is None else int(flags.sum()))
+        self._running = replace(self.sums, keep=flags)
         made = self.contribution.of_records
-        if made is not None:
+        if made is not None and self._merging is None:
             contribution = made(self.admission.name(records, num_rows))
             self._running = replace(self._running, contribution=contribution)
 

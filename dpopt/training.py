@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,7 @@ from dpopt.configuration import configuration
 from dpopt.differences import add_difference
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.prices import Prices, prices
-from dpopt.estimators.releases import mechanism_of, release
+from dpopt.estimators.releases import mechanism_of, release, scaled
 from dpopt.gradients import write_gradients
 from dpopt.mechanisms import Mechanism
 from dpopt.payments import Payments
@@ -122,6 +123,7 @@ class PrivateTraining:
         self._tier = self._new_tier()
         bounds, sizes = self.sum.bounds_and_sizes()
         self._tier.check(mechanism_of(self.estimator, mechanism, 0), sampling, bounds, sizes)
+        scaled(mechanism_of(self.estimator, mechanism, 0), math.sqrt(self._stage.rounds))
         self.accountant.curve(self.event)  # refuses what has no price under this relation
         self.noise_stds: dict[str, float] = {}
         """The standard deviation of the noise in each `.grad` of the last release; empty where it is of several."""
@@ -249,7 +251,7 @@ class PrivateTraining:
         if self._stage.previous is None:
             self.accumulate(losses(), keep=keep, records=records)
         else:
-            add_difference(self.sum, lambda: one_loss((losses(),)), self._stage.previous, records)
+            add_difference(self.sum, lambda: one_loss((losses(),)), self._stage.previous, keep, records)
 
     def same_examples(self) -> AbstractContextManager[None]:
         """A block of several backwards of the same B examples, merged and clipped together once at its end.

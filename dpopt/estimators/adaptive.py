@@ -127,7 +127,7 @@ class Quantile:
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
-        _check(self.target, self.rate)
+        _check(self.target, self.rate, self.most)
         if not 0 < self.share < 1:
             raise ValueError(
                 f"expected 0 < share < 1 of the budget for the count; got {self.share}; 0.01 is usual"
@@ -197,7 +197,7 @@ class Slack:
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
-        _check(self.target, self.rate)
+        _check(self.target, self.rate, self.most)
         rising = all(a < b for a, b in zip((0.0, *self.edges), (*self.edges, 1.0), strict=True))
         if not (self.edges and rising):
             raise ValueError(f"expected edges that rise between 0 and 1; got {self.edges}; use (0.4, 0.7)")
@@ -243,8 +243,9 @@ class Slack:
         return Stage(Contribution(FlatClipper(self.clip_norm), counts={_COUNT: ranges}), finish, direct=True)
 
 
-def _check(target: float, rate: float) -> None:
-    if not (0 < target < 1 and rate > 0):
+def _check(target: float, rate: float, most: float) -> None:
+    if not (0 < target < 1 and 0 < rate < math.inf and most > 0):
         raise ValueError(
-            f"expected 0 < target < 1 and rate > 0; got {target} and {rate}; 0.5 follows the median, by e^0.2 a step at most"
+            f"expected 0 < target < 1, a finite rate > 0 and most > 0; got {target}, {rate} and {most}; 0.5 follows the "
+            "median, by e^0.2 a step at most"
         )

@@ -69,6 +69,10 @@ class Centred:
                 f"expected 0 < rate <= 1 and rounds >= 1; got {self.rate} and {self.rounds}; a rate of 1 moves the centre "
                 "by the whole release, and rounds are paid for with noise"
             )
+        if self.coordinates is not None and self.coordinates < 1:
+            raise ValueError(
+                f"expected coordinates >= 1 or None; got {self.coordinates}; give the number of trainable coordinates"
+            )
 
     @property
     def guarantee(self) -> str:

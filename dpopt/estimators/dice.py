@@ -106,7 +106,11 @@ class Dice:
         contribution = Contribution(
             FlatClipper(self.clip_norm), {_REST: self._rest()}, hidden=frozenset((_REST,))
         )
-        return Stage(contribution, lambda released: released, fold=self._fold, direct=True)
+        return Stage(contribution, self._finish, fold=self._fold, direct=True)
+
+    def _finish(self, released: Vectors) -> Vectors:
+        self.state.keep()
+        return released
 
     def _rest(self) -> Clipper:
         """What enters the state of one gradient."""

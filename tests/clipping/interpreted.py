@@ -18,7 +18,7 @@ from scipy import stats
 
 from clipping import kernels
 from clipping.kernels import formed, ghost, noise, totals, trust
-from clipping.kernels.blocks import Blocks
+from clipping.kernels.blocks import EPSILON, Blocks
 
 SMALL = Blocks(tile=16, width=16, warps=4, stages=1)
 MIDDLE = Blocks(tile=32, width=32, warps=4, stages=1)
@@ -188,6 +188,28 @@ def test_guarantee_the_margin_covers_truncated_sums():
         interpreter.InterpreterBuilder.create_dot = plain
     for got in lower:
         assert (got >= exact_sq_norm(left, right)).all()
+
+
+@pytest.mark.parametrize("width", [768, 4000])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_guarantee_runs_that_vanish_beside_ones_are_measured(width, swapped):
+    # A run of tails is less than half an epsilon of the sum before it, which the second position cancels.
+    tail = 0.99 * (8 * EPSILON / SMALL.width) ** 0.5
+    left = torch.full((1, 1, 2, width), tail)
+    left[..., :16] = 1
+    left[:, :, 1] = torch.where(left[:, :, 1] == 1, -1.0, 0.0)
+    right = torch.ones(1, 1, 2, 8)
+    pair = (right, left) if swapped else (left, right)
+    for got in norms(*pair):
+        assert got.item() >= exact_sq_norm(*pair).item()
+
+
+def test_guarantee_positions_that_vanish_beside_ones_are_measured():
+    positions = 4000
+    left = torch.full((1, 1, positions, 2), 0.99 * (EPSILON / 2 / SMALL.width) ** 0.5)
+    right = left.clone()
+    left[:, :, 0], right[:, :, 0], left[:, :, -1], right[:, :, -1] = 1, 1, -1, 1
+    assert formed.formed_sq_norm(left, right, SMALL).item() >= exact_sq_norm(left, right).item()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e38])

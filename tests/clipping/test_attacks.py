@@ -4,20 +4,28 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clipping import (
     AutomaticClipper,
     Contribution,
+    Convolved,
     Dense,
     FlatClipper,
     GroupClipper,
     MixesExamples,
     Outer,
+    Routed,
+    Rows,
+    Sum,
     UnrecordedParameter,
 )
+from clipping.convolved import Geometry
 from clipping.costs import DEFAULT
+from clipping.products import RUN, product, product_epsilons
 from dpopt.step import StepSum
 
 
@@ -230,3 +238,165 @@ def test_an_example_whose_square_overflows_is_not_taken_for_mixing():
     step = step_of(model, FlatClipper(1.0), 6)
     step.add(model(x).square().sum(1))
     assert step.num_added == 6
+
+
+# -- numbers chosen to vanish beside others in float32 ---------------------------------------------------------
+
+
+def held(grads, exact, clip_norm=1.0):
+    """Neither the true gradient nor what enters the sum, clipped by the norm, is longer than `clip_norm`."""
+    norm = grads.sq_norm().sqrt()
+    weights = FlatClipper(clip_norm).weights(norm)
+    true = exact.double().flatten(1).norm(dim=1)
+    assert (norm.double() >= true * (1 - 1e-5)).all(), (true / norm.double()).tolist()
+    assert (weights * true).max() <= clip_norm * (1 + 1e-5)
+    for row in range(len(norm)):
+        alone = torch.where(torch.arange(len(norm)) == row, weights, 0)
+        assert grads.weighted_sum(alone).double().norm() <= clip_norm * (1 + 1e-5)
+
+
+def vanishing(width, positions, ones=16, tail=2.4e-4, apart=False):
+    """(1, 1, T, width): the ones of half of the positions cancel those of the others, and tails are left."""
+    y = torch.full((width,), tail)
+    y[torch.arange(ones) * (width // ones if apart else 1)] = 1
+    z = torch.where(y == 1, -y, 0)
+    return torch.stack([y] * (positions // 2) + [z] * (positions // 2))[None, None]
+
+
+def formed(left, right):
+    return left.double().mT @ right.double()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("ones", [(16, False), (4, True), (32, True)])
+@pytest.mark.parametrize("positions", [2, 16, 64])
+@pytest.mark.parametrize("width", [768, 4096, 50257])
+def test_guarantee_tails_that_vanish_beside_ones_are_measured(width, positions, ones, swapped):
+    left = vanishing(width, positions, ones[0], apart=ones[1])
+    right = torch.ones(1, 1, positions, 72)
+    exact = formed(left, right)
+    if swapped:
+        left, right, exact = right, left, exact.mT
+    grads = Outer(left, right, exact.shape[2:])
+    assert positions * sum(grads.shape) <= grads.shape.numel()  # the path through the Gram matrices
+    held(grads, exact)
+    both = [x[:, 0] for x in (left, right)]
+    experts = torch.zeros(1, positions, dtype=torch.long)
+    held(Routed(experts, *both, 1), exact)
+
+
+@pytest.mark.parametrize("tail", [1e-4, 2.4e-4])
+@pytest.mark.parametrize("positions", [300, 4096, 50176])
+def test_guarantee_positions_that_vanish_beside_ones_are_measured(positions, tail):
+    left, right = torch.full((2, 1, 1, positions, 16), tail)
+    left[:, :, 0], left[:, :, -1], right[:, :, 0], right[:, :, -1] = 1, -1, 1, 1
+    exact = formed(left, right)[:, 0]
+    held(Outer(left, right, torch.Size((16, 16))), exact)
+    sides = [x[:, 0].mT.contiguous() for x in (right, left)]
+    convolved = Convolved(*sides, torch.Size((16, 16, 1)), Geometry((1,), (1,), (0,), (1,), 1))
+    held(convolved, exact)
+
+
+@pytest.mark.parametrize("geometry", [(1, 0, 1), (2, 1, 1), (1, 2, 2), (3, 2, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_in_slices_is_the_whole(geometry, groups):
+    stride, padding, dilation = geometry
+    values = torch.randn(2, 32 * groups, 99, 83, dtype=torch.float64)
+    layer = nn.Conv2d(32 * groups, 4, 3, stride, padding, dilation, groups, bias=False).double()
+    out = layer(values)
+    grad = torch.randn_like(out)
+    shape = layer.weight.shape
+    sizes = Geometry((3, 3), (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    grads = Convolved(values, grad, shape, sizes)
+    (expected,) = torch.autograd.grad(out, layer.weight, grad)
+    torch.testing.assert_close(grads.weighted_sum(torch.ones(2).double()), expected)
+    torch.testing.assert_close(grads.dense(), grads.outer().dense())
+
+
+@pytest.mark.parametrize("positions", [1024, 50176])
+def test_guarantee_values_that_vanish_in_a_row_are_measured(positions):
+    ones = positions // 8
+    values = torch.full((1, positions, 4), 2.9e-8 * ones)
+    values[:, :ones], values[:, -ones:] = 1, -1
+    for kept in (1.0, 0.7):  # the ones cancel, or leave some
+        values[:, -ones:] = -kept
+        grads = Rows(torch.zeros(1, positions, dtype=torch.long), values, 2)
+        held(grads, values.double().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("positions", [2, 16])
+@pytest.mark.parametrize("width", [768, 4096])
+@pytest.mark.parametrize("tail", [1e-4, 2.4e-4, 1e-3])
+def test_guarantee_a_tied_sum_that_cancels_is_measured(width, positions, tail):
+    right = vanishing(width, positions, tail=tail).abs()
+    left = torch.zeros(1, 1, positions, 2)
+    left[..., 0] = 1
+    for cut in (True, False):
+        sums = right.double().sum(2)
+        values = -torch.where(right == tail, 0, right)[:, 0] if cut else -sums.float()
+        head = Outer(left, right, torch.Size((2, width)))
+        table = Rows(torch.zeros(1, values.shape[1], dtype=torch.long), values, 2)
+        exact = formed(left, right)[:, 0]
+        exact[:, 0] += values.double().sum(1)
+        for parts in ((head, table), (table, head)):
+            held(Sum(parts), exact)
+        loose = Routed(torch.zeros(1, positions, dtype=torch.long), left[:, 0], right[:, 0], 1)
+        other = Outer(-left, torch.where(right == tail, 0, right), torch.Size((1, 2, width)))
+        held(Sum((loose, other)), loose_exact(loose, other))
+
+
+def loose_exact(loose, other):
+    return formed(loose.left, loose.right) + formed(other.left, other.right)[:, 0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    width=st.sampled_from([40, 300, 768, 5000]),
+    positions=st.sampled_from([2, 6, 32]),
+    ones=st.sampled_from([1, 3, 16, 64]),
+    tail=st.floats(-13.5, -3).map(lambda power: 2.0**power),
+    left_over=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 0.3]),
+    first=st.booleans(),
+    swapped=st.booleans(),
+    spread=st.sampled_from([0.0, 1e-6, 1e-3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_guarantee_no_example_found_is_longer_than_its_norm(
+    width, positions, ones, tail, left_over, first, swapped, spread, seed
+):
+    # Ones that cancel but for a part, before or behind the tails, seen by inputs that are nearly alike.
+    torch.manual_seed(seed)
+    left = vanishing(width, positions, min(ones, width - 1), tail)
+    left[:, :, positions // 2 :] *= 1 - left_over
+    left = left if first else left.flip(3)
+    right = 1 + spread * torch.randn(1, 1, positions, 48)
+    pair = (right, left) if swapped else (left, right)
+    exact = formed(*pair)
+    grads = Outer(*pair, exact.shape[2:])
+    held(grads, exact)
+    for measured in (grads._ghost_sq_norm(None), grads._formed_sq_norm()):
+        assert measured.sqrt().double().item() >= float(exact.norm()) * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, RUN, RUN + 1, 4096, 50257])
+@pytest.mark.parametrize("fill", [1.1, 1 / 3, "spikes"])
+def test_guarantee_a_product_errs_by_less_than_its_bound(length, fill):
+    row = torch.full((1, length), 2.4e-4 if fill == "spikes" else fill)
+    row[:, ::500] = 1.0
+    found, exact = product(row, row.T).double(), row.double() @ row.double().T
+    assert abs(found / exact - 1).item() <= product_epsilons(length) * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("width", [768, 4096])
+@pytest.mark.parametrize("positions", [2, 16])
+def test_an_example_whose_positions_cancel_adds_no_more_than_the_clip_norm(width, positions):
+    model = nn.Sequential(nn.Linear(72, width, bias=False))
+    x = torch.ones(2, positions, 72)
+    grad = vanishing(width, positions)[:, 0]
+    step = step_of(model, FlatClipper(1e-3), 2)
+    step.add((model(x) * torch.cat([grad, torch.zeros_like(grad)])).sum((1, 2)))
+    entered = total_of(step)
+    assert 0 < float(entered.norm()) <= 1e-3 * (1 + 1e-5)
+    # The true gradient, scaled by the weight that the example was given, is within the bound as well.
+    norm = Outer(grad[None], x[:1][None], torch.Size((width, 72))).sq_norm().sqrt().double()
+    assert formed(grad[None], x[:1][None]).norm() * 1e-3 / norm <= 1e-3 * (1 + 1e-5)

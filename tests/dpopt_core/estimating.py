@@ -80,12 +80,13 @@ def rows_of(model, batch, losses, values=None):
     for example in batch:
         model.zero_grad()
         losses(model, [example]).sum().backward()
-        rows.append(gradient_of(model))
+        # a parameter that an example does not reach has the gradient 0
+        rows.append(flat([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]))
     size = sum(p.numel() for p in model.parameters())
     return torch.stack(rows) if rows else torch.zeros(0, size, dtype=torch.float64)
 
 
-def opened(model, estimator, *, clip=0.5, num=8, rate=1.0, noise=0.0, ledger="ledger.jsonl", **options):
+def opened(model, estimator, *, clip=0.5, num=8, rate=1.0, noise=0.0, ledger=None, **options):
     """A run on `num` records, by the name of an estimator or with one that is made."""
     sampling = options.pop("sampling", PoissonSampling(rate, rate * num))
     if isinstance(estimator, str):
@@ -161,11 +162,7 @@ class Following:
         found = clip(rows, self.clip_norm).sum(0) / self.divisor
         below = (rows.norm(dim=1) <= self.edge * self.clip_norm).double()
         # centred at 1/2 where the count is paid for: batch sizes other than the expected one matter less
-        fraction = (
-            below.sum() / self.divisor
-            if self.edge < 1
-            else 0.5 + (below - 0.5).sum() / self.divisor
-        )
+        fraction = below.sum() / self.divisor if self.edge < 1 else 0.5 + (below - 0.5).sum() / self.divisor
         self.clip_norm *= math.exp(-self.rate * (min(1.0, max(0.0, fraction.item())) - self.target))
         return found
 

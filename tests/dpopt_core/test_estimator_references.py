@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every estimator, noise-free, equals its formula on dense gradients of single examples: in float64, in both doors."""
 
+from functools import partial
+
 import pytest
 import torch
 from doors import familiar
@@ -130,7 +132,7 @@ def test_the_familiar_door_gives_the_same_gradients(name, parts):
     for _ in range(STEPS):
         for inputs, labels in loader:
             rows = rows_of_rows(model, inputs, labels)
-            given = (t, rows, range(N), lambda values: rows_of_rows(model, inputs, labels, values))
+            given = (t, rows, range(N), partial(rows_of_rows, model, inputs, labels))
             here = {"here": flat(model.parameters())} if isinstance(reference, Differences) else {}
             expected = reference.step(*given, **here)
             for x, y, part in zip(
@@ -196,7 +198,5 @@ def test_the_references_differ_from_plain_clipping():
             given = (t, rows * (1 + t), range(N), lambda values: rows / 3)
             here = {"here": torch.full((rows.shape[1],), float(t)).double()}
             found.append(reference.step(*given, **(here if isinstance(reference, Differences) else {})))
-        same = [
-            torch.allclose(x, plain.step(t, rows * (1 + t), range(N), None)) for t, x in enumerate(found)
-        ]
+        same = [torch.allclose(x, plain.step(t, rows * (1 + t), range(N), None)) for t, x in enumerate(found)]
         assert all(same) is (name == "flat"), name

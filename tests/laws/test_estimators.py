@@ -78,14 +78,28 @@ LIMITS = {
     "geometric_median": ("", 0.3, 60, root(normalised)),
     "two_threshold": (":rest=4,rate=0.3", 0.3, 120, 0.0),  # all gradients at 0 are below 5 clip norms
     "clip21": (":rate=0.5", 0.3, 100, 0.0),
-    "diff2": (":smoothness=1,restart=3", 0.6, 60, BIASED),  # differences are whole, and whole gradients clipped
-    "dice": (":feedback=1", 0.2, 300, 0.0),  # at 0 the clipped sum, 1 clip norm, is what feedback can make up for
+    "diff2": (
+        ":smoothness=1,restart=3",
+        0.6,
+        60,
+        BIASED,
+    ),  # differences are whole, and whole gradients clipped
+    "dice": (
+        ":feedback=1",
+        0.2,
+        300,
+        0.0,
+    ),  # at 0 the clipped sum, 1 clip norm, is what feedback can make up for
 }
 CASES = {name + numbers: (lr, steps, limit) for name, (numbers, lr, steps, limit) in LIMITS.items()} | {
     # Feedback of a tenth stays saturated: 2 u - C - C / 10 = 0 for u = x + 1.
     "dice": (1.0, 50, -1 + 0.55 * C),
     "dice:feedback=1,bound=100": (0.2, 300, 0.0),
-    "two_threshold:rest=1,rate=0.3": (0.3, 120, root(flat, 2 * C)),  # as clipping at the sum of both thresholds
+    "two_threshold:rest=1,rate=0.3": (
+        0.3,
+        120,
+        root(flat, 2 * C),
+    ),  # as clipping at the sum of both thresholds
     "median:rate=1": (0.3, 100, BIASED),
 }
 
@@ -120,7 +134,7 @@ def descend(text, data, folder, *, lr, steps, rate=1.0, noise=0.0, clip_norm=C, 
         estimator=estimator,
         mechanism=GaussianMechanism(noise),
         sampling=sampling,
-        ledger=folder / f"{seed}.jsonl",
+        ledger=folder / f"{text.partition(':')[0]}-{seed}.jsonl",
         accountant_name="rdp",
         insecure_seed=seed,
     ) as private:
@@ -174,7 +188,9 @@ def error(text, folder, steps, seed):
     price = priced(named_estimator(text, Run(model, C, N, sampling)), sampling, steps)
     noise = noise_within(budget, rule, price)
     assert rule.curve(price(noise)).epsilon(1e-5) <= 2.0
-    place = descend(text, skewed(seed), folder, lr=0.05, steps=steps, rate=RATE, noise=noise, start=0.0, seed=seed)
+    place = descend(
+        text, skewed(seed), folder, lr=0.05, steps=steps, rate=RATE, noise=noise, start=0.0, seed=seed
+    )
     return place.norm().item()
 
 

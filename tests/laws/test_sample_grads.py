@@ -248,8 +248,8 @@ class TestConformance:
             assert got.dtype == torch.float32
         exact = _as_double(grads).dense()
         flat = exact.reshape(num_examples, grads.shape.numel())
-        # Rounded up by a few float32 epsilons of the largest terms, never down.
-        close(grads.sq_norm(), flat.square().sum(1), rtol=1e-4)
+        # Rounded up by what float32 may err at worst, never down.
+        close(grads.sq_norm(), flat.square().sum(1), rtol=5e-4)
         close(grads.weighted_sum(weights), torch.einsum("b,b...->...", weights.double(), exact), rtol=1e-4)
 
 
@@ -430,7 +430,8 @@ def test_bfloat16_positions_that_nearly_cancel(positions):
     grads = Outer(left, right, torch.Size((256, 256)))
     exact = torch.linalg.vector_norm(torch.matmul(left.double().mT, right.double()).flatten(1), dim=1)
     ratio = grads.sq_norm().sqrt().double() / exact
-    assert (ratio > 1 - 1e-6).all() and (ratio < 1.01).all()
+    # The price of a bound that holds for every input, where positions cancel to a fiftieth of their terms.
+    assert (ratio > 1 - 1e-6).all() and (ratio < 1.1).all()
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------
