@@ -31,6 +31,7 @@ from clipping.grads import (
     widen,
 )
 from clipping.outer import Outer
+from clipping.products import LONG, epsilons
 
 MIN_CHANNELS = 16
 """Input channels per group from which a convolution over the examples beats a product with patches (measured)."""
@@ -79,6 +80,25 @@ def patches(values: Tensor, geometry: Geometry) -> Tensor:
     return ordered.reshape(num_examples, geometry.groups, width, num_positions).mT
 
 
+def split_gradient(
+    values: Tensor, grad: Tensor, shape: torch.Size, geometry: Geometry, groups: int
+) -> Tensor:
+    """`weight_gradient`, added up by halves of the first output dimension down to LONG positions."""
+    rows = grad.shape[2]
+    if rows == 1 or grad.shape[2:].numel() <= LONG:
+        return weight_gradient(values, grad, shape, geometry, groups)
+    if any(geometry.padding):
+        values = F.pad(values, [pad for size in reversed(geometry.padding) for pad in (size, size)])
+        geometry = geometry._replace(padding=(0,) * len(geometry.padding))
+    half, stride = rows // 2, geometry.stride[0]
+    reach = geometry.dilation[0] * (geometry.kernel[0] - 1) + 1
+    parts = []
+    for start, end in ((0, half), (half, rows)):
+        seen = values[:, :, start * stride : (end - 1) * stride + reach]
+        parts.append(split_gradient(seen, grad[:, :, start:end], shape, geometry, groups))
+    return parts[0].add_(parts[1])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Convolved:
     """Gradients of a convolution's weight of shape `shape`: input (B, C, ...), output gradient (B, K P, ...)."""
@@ -110,7 +130,7 @@ class Convolved:
         if self.shape[1] < MIN_CHANNELS or num_examples == 0:
             return self.outer().dense()
         values, grad = widen(self.values), widen(self.grad)
-        found = weight_gradient(
+        found = split_gradient(
             values.reshape(1, -1, *values.shape[2:]),
             grad.reshape(1, -1, *grad.shape[2:]),
             torch.Size((num_examples * self.shape[0], *self.shape[1:])),
@@ -123,6 +143,8 @@ class Convolved:
         """(B,), through the Gram matrices of the positions or through the gradients, whichever costs less."""
         num_groups, num_positions, num_out, num_in, _ = self.sizes()
         gram = num_positions == 1 or num_positions * (num_out + num_in) <= num_out * num_in
+        # `split_gradient` splits no row, and the Gram path allows for LONG positions in one go.
+        gram = gram and self.grad.shape[3:].numel() <= LONG
         elements = num_positions * num_in if gram else self.shape.numel()
         parts = []
         for part in chunks(self.num_examples, num_groups * elements):
@@ -133,8 +155,17 @@ class Convolved:
         return torch.zeros(0, dtype=accumulator_dtype(self.grad.dtype), device=self.grad.device)
 
     def _formed_sq_norm(self) -> Tensor:
-        formed = row_norm(self.dense())
-        return (formed + ROUNDING * torch.finfo(formed.dtype).eps * self._terms()).square()
+        # Twice: the weighted sum errs as the forming does.
+        return (row_norm(self.dense()) + 2 * self.forming()).square()
+
+    def forming(self) -> Tensor:
+        """(B,): most by which rounding moves the gradients as they are formed; no fast algorithm is foreseen."""
+        sizes = self.grad.shape[2:]
+        rows, row = sizes[0], max(1, sizes[1:].numel())
+        longest = min(max(LONG, row), rows * row)
+        count = ROUNDING + longest / 2 + max(0, rows - 1).bit_length() / 2
+        terms = self._terms()
+        return epsilons(count, terms.dtype) * terms
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,), as one convolution of the input with the direction."""
@@ -158,7 +189,7 @@ class Convolved:
         scaled = grad * weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
         if self.num_examples == 0:
             return torch.zeros(self.shape, dtype=grad.dtype, device=grad.device) if into is None else into
-        total = weight_gradient(values, scaled, self.shape, self.geometry, self.geometry.groups)
+        total = split_gradient(values, scaled, self.shape, self.geometry, self.geometry.groups)
         return total if into is None else into.add_(total)
 
     def masked(self, keep: Tensor) -> Convolved:

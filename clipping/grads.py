@@ -26,7 +26,7 @@ PIECE = 1 << 10
 """Numbers that one norm adds up at most."""
 
 ROUNDING = 4
-"""Machine epsilons, relative to the terms of a norm, by which it is rounded up (measured error: below 1)."""
+"""Fewest machine epsilons, relative to its terms, by which a norm made of several is rounded up."""
 
 HALVES = 64
 """Machine epsilons, relative to its terms, allowed for a sum added up by halves (largest found on x86: 32)."""
@@ -40,8 +40,10 @@ class SampleGrads(Protocol):
     ----------
     Sums and norms are accumulated in float32, or in float64 where the values are float64, whatever the dtype
     of the model: bfloat16 products are off by up to 10% when the positions of an example nearly cancel.
-    `sq_norm` is rounded up by its own rounding error, so that `weighted_sum` never exceeds what it promises
-    (test_guarantee_norms_bound_gradients_that_cancel); it is inf or NaN where it cannot be known.
+    `sq_norm` is rounded up by the most that it may err, and by the most that `weighted_sum` may for that example
+    alone, for every input and not on average (`clipping.products`), so that neither the true gradient nor what
+    is added exceeds it by more than 1e-5 (test_guarantee_norms_bound_gradients_that_cancel,
+    test_guarantee_no_example_found_is_longer_than_its_norm); it is inf or NaN where it cannot be known.
     """
 
     @property
@@ -105,15 +107,6 @@ def kept(values: Tensor, keep: Tensor) -> Tensor:
     """`values` (B, ...) with the rows where `keep` (B,) is False replaced by zeros."""
     # Zero times NaN is NaN, so a non-finite example is replaced, never multiplied by a zero weight.
     return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
-
-
-def rounded_up(sq_norm: Tensor, largest: Tensor) -> Tensor:
-    """`sq_norm` plus the rounding error of a sum whose terms are at most `largest` in total.
-
-    Where the terms of an example cancel, what remains is rounding: it may come out as zero while the gradient
-    that enters the sum is not. Rounded up, the norm bounds that gradient; elsewhere it changes by parts in 10^5.
-    """
-    return sq_norm.clamp_min(0) + ROUNDING * torch.finfo(sq_norm.dtype).eps * largest
 
 
 def rounding_of(terms: Tensor, length: int) -> Tensor:

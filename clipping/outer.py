@@ -18,18 +18,17 @@ from clipping import kernels
 from clipping.costs import Sizes
 from clipping.grads import (
     CHUNK_ELEMENTS,
-    ROUNDING,
     accumulator_dtype,
     chunks,
     kept,
     per_example,
-    rounded_up,
     rounding_of,
     row_norm,
     row_sq_norm,
     widen,
 )
-from clipping.grams import Gram, Workspace, gram_product
+from clipping.grams import Workspace, gram_product
+from clipping.products import LONG, epsilons, product, product_epsilons
 
 
 def underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
@@ -38,6 +37,16 @@ def underflows(left_trace: Tensor, right_trace: Tensor) -> Tensor:
     tiny = torch.finfo(left_trace.dtype).tiny
     low, high = torch.minimum(left_trace, right_trace), torch.maximum(left_trace, right_trace)
     return (low < tiny**0.75) & (high > tiny**-0.5)
+
+
+def forming(num_positions: int, dtype: torch.dtype) -> float:
+    """Most that rounding moves a gradient as it is formed, relative to |left| |right|."""
+    return epsilons(product_epsilons(num_positions), dtype)
+
+
+def summing(num_positions: int, dtype: torch.dtype) -> float:
+    """Most that rounding moves what one example adds to a weighted sum, relative to weight * |left| |right|."""
+    return epsilons(product_epsilons(num_positions, LONG), dtype)
 
 
 def _inner(first: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
@@ -77,11 +86,19 @@ class Outer:
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
-        product = torch.matmul(widen(self.left).mT, widen(self.right))
-        return product.reshape(self.num_examples, *self.shape)
+        formed = product(widen(self.left).mT, widen(self.right))
+        return formed.reshape(self.num_examples, *self.shape)
 
     def sq_norm(self, space: Workspace | None = None) -> Tensor:
-        """(B,), through the Gram matrices or through the gradients, whichever costs less."""
+        """(B,), through the Gram matrices or through the gradients, whichever costs less.
+
+        Guarantees
+        ----------
+        Rounded up, so that it bounds the true norm and that of what `weighted_sum` adds for the example alone:
+        by what the Gram matrices may err (`clipping.grams.bounded`) or the forming (`forming`), and by what the
+        weighted sum may, each a bound for every order of addition and every input
+        (test_guarantee_tails_that_vanish_beside_ones_are_measured, test_guarantee_positions_that_vanish_beside_ones_are_measured).
+        """
         _, _, num_positions, num_out = self.left.shape
         num_in = self.right.shape[-1]
         if num_positions == 0:
@@ -103,10 +120,10 @@ class Outer:
         parts = []
         for part in chunks(self.num_examples, 2 * num_groups * num_positions * num_positions):
             left, right = widen(self.left[part]), widen(self.right[part])
-            mine = None if known is None else Gram(tuple(x[part] for x in known.blocks), known.trace[part])
-            total, traces = gram_product(left, right, mine)
-            sq_norm = rounded_up(total, traces[0] * traces[1])
-            parts.append(torch.where(underflows(*traces), torch.inf, sq_norm))
+            total, traces = gram_product(left, right, None if known is None else known.part(part))
+            # The weighted sum errs too, and what it adds must not be longer than what was measured.
+            error = summing(num_positions, total.dtype) * traces[0].sqrt() * traces[1].sqrt()
+            parts.append(torch.where(underflows(*traces), torch.inf, (total.sqrt() + error).square()))
         return torch.cat(parts) if parts else self._none()
 
     def _formed_sq_norm(self) -> Tensor:
@@ -117,10 +134,10 @@ class Outer:
         parts = []
         for part in chunks(self.num_examples, num_groups * rows * num_in):
             left, right = widen(self.left[part]), widen(self.right[part])
-            norms = [row_norm(torch.matmul(some.mT, right)) for some in left.split(rows, dim=3)]
+            norms = [row_norm(product(some.mT, right)) for some in left.split(rows, dim=3)]
             formed = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-            error = ROUNDING * torch.finfo(formed.dtype).eps * row_norm(left) * row_norm(right)
-            parts.append((formed + error).square())
+            error = forming(left.shape[2], left.dtype) + summing(left.shape[2], left.dtype)
+            parts.append((formed + error * row_norm(left) * row_norm(right)).square())
         return torch.cat(parts) if parts else self._none()
 
     def _none(self) -> Tensor:
@@ -155,15 +172,16 @@ class Outer:
             left, right = space.scaled(self.left, scale), widen(self.right)
         else:
             left, right = widen(self.left), space.scaled(self.right, scale)
-        num_groups = left.shape[1]
-        if num_groups == 1:
+        length = left.shape[0] * left.shape[2]
+        run = LONG if left.shape[2] > LONG else length
+        if left.shape[1] == 1:
             flat_left, flat_right = left.flatten(0, 2), right.flatten(0, 2)
-            if into is not None and into.is_contiguous():
+            if into is not None and into.is_contiguous() and run == length:
                 into.view(flat_left.shape[1], flat_right.shape[1]).addmm_(flat_left.T, flat_right)
                 return into
-            total = flat_left.T @ flat_right
+            total = product(flat_left.T, flat_right, run)
         else:
-            total = torch.einsum("bktp,bktd->kpd", left, right)
+            total = product(left.permute(1, 3, 0, 2).flatten(2), right.transpose(0, 1).flatten(1, 2), run)
         total = total.reshape(self.shape)
         return total if into is None else into.add_(total)
 

@@ -16,12 +16,13 @@ from clipping.grads import (
     chunks,
     kept,
     per_example,
-    rounded_up,
     rounding_of,
     row_norm,
     widen,
 )
-from clipping.outer import underflows
+from clipping.grams import Extent, bounded
+from clipping.outer import summing, underflows
+from clipping.products import LONG, product, product_epsilons, row_sum, sum_epsilons
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,21 +53,29 @@ class Routed:
         out = left.new_empty(self.num_examples, *self.shape)
         for expert in range(self.num_experts):
             mine = (self.experts == expert).unsqueeze(-1)
-            out[:, expert] = torch.where(mine, left, 0).mT @ torch.where(mine, right, 0)
+            out[:, expert] = product(torch.where(mine, left, 0).mT, torch.where(mine, right, 0))
         return out
 
     def sq_norm(self) -> Tensor:
-        """(B,), through the Gram matrices of the slots, of which only pairs with one expert count."""
+        """(B,), through the Gram matrices of the slots, of which only pairs with one expert count; see `Outer`."""
         num_slots = self.experts.shape[1]
         parts = []
         for part in chunks(self.num_examples, 3 * num_slots * num_slots):
             left, right, experts = widen(self.left[part]), widen(self.right[part]), self.experts[part]
-            grams = left @ left.mT, right @ right.mT
+            grams = product(left, left.mT), product(right, right.mT)
             traces = [gram.diagonal(dim1=1, dim2=2).sum(1) for gram in grams]
             # Multiplied by the mask, an overflow elsewhere stays visible: such an example has no norm.
             together = experts.unsqueeze(1) == experts.unsqueeze(2)
-            total = (grams[0] * grams[1] * together).flatten(1).sum(1)
-            sq_norm = rounded_up(total, traces[0] * traces[1])
+            counted = [gram * together for gram in grams]
+            first, second = (
+                Extent(trace, row_norm(gram), product_epsilons(x.shape[2]))
+                for trace, gram, x in zip(traces, counted, (left, right), strict=True)
+            )
+            total = bounded(
+                row_sum(counted[0] * counted[1]), first, second, sum_epsilons(num_slots * num_slots)
+            )
+            error = summing(num_slots, total.dtype) * traces[0].sqrt() * traces[1].sqrt()
+            sq_norm = (total.sqrt() + error).square()
             parts.append(torch.where(underflows(traces[0], traces[1]), torch.inf, sq_norm))
         return torch.cat(parts) if parts else self._none()
 
@@ -90,9 +99,10 @@ class Routed:
         left = (left * weights.to(left.dtype).view(-1, 1, 1)).flatten(0, 1)
         right, experts = right.flatten(0, 1), self.experts.flatten()
         total = left.new_zeros(self.shape) if into is None else into
+        run = LONG if self.left.shape[1] > LONG else max(1, len(experts))
         for expert in range(self.num_experts):
             mine = (experts == expert).nonzero().squeeze(1)
-            total[expert] += left[mine].T @ right[mine]
+            total[expert] += product(left[mine].T, right[mine], run)
         return total
 
     def masked(self, keep: Tensor) -> Routed:

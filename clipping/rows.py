@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipping.grads import kept, per_example, rounded_up, rounding_of, row_sq_norm, widen
+from clipping.grads import ROUNDING, kept, per_example, rounding_of, row_norm, row_sq_norm, widen
+from clipping.products import epsilons
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,19 +41,39 @@ class Rows:
         return out.scatter_add_(1, index, values)
 
     def sq_norm(self) -> Tensor:
-        """(B,): rows of one index are summed first, at O(T log T + T D) and no one-hot."""
+        """(B,): rows of one index are summed first, at O(T log T + T D) and no one-hot.
+
+        Guarantees
+        ----------
+        Rounded up by the error of those sums and of the weighted one: a row that n values of sizes s are added to
+        errs by n / 2 epsilons of their total size in any order, so rows looked up once add next to nothing
+        (test_guarantee_values_that_vanish_in_a_row_are_measured).
+        """
         values = widen(self.values)
         num_examples, num_positions, width = values.shape
         if num_positions == 1 or num_examples == 0:
             return row_sq_norm(values)
+        segment = self._segments()
+        sums = values.new_zeros(num_examples, num_positions, width)
+        sums.scatter_add_(1, segment.unsqueeze(-1).expand_as(values), values)
+        return (row_norm(sums) + self.forming(segment)).square()
+
+    def _segments(self) -> Tensor:
+        """(B, T): positions of one index have one number, from 0 on."""
         order = self.indices.argsort(dim=1)
         ordered = self.indices.gather(1, order)
         changes = torch.zeros_like(ordered)
         changes[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
-        segment = torch.empty_like(ordered).scatter_(1, order, changes.cumsum(1))
-        sums = values.new_zeros(num_examples, num_positions, width)
-        sums.scatter_add_(1, segment.unsqueeze(-1).expand_as(values), values)
-        return rounded_up(row_sq_norm(sums), row_sq_norm(values))
+        return torch.empty_like(ordered).scatter_(1, order, changes.cumsum(1))
+
+    def forming(self, segment: Tensor | None = None) -> Tensor:
+        """(B,): most by which rounding moves the rows as they are added up, here and in a weighted sum."""
+        segment = self._segments() if segment is None else segment
+        sizes = torch.linalg.vector_norm(widen(self.values), dim=2)
+        total = torch.zeros_like(sizes).scatter_add_(1, segment, sizes)
+        count = torch.zeros_like(sizes).scatter_add_(1, segment, torch.ones_like(sizes))
+        # Half an epsilon for each addition, here and in the weighted sum, whose values are scaled too.
+        return epsilons(1, sizes.dtype) * row_norm(total * (count + ROUNDING))
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""

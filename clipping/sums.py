@@ -12,10 +12,15 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from clipping.grads import CHUNK_ELEMENTS, Dense, SampleGrads, chunks, rounded_up, widen
-from clipping.outer import Outer
+from clipping.convolved import Convolved
+from clipping.grads import CHUNK_ELEMENTS, Dense, SampleGrads, chunks, row_norm, widen
+from clipping.outer import Outer, forming
+from clipping.products import epsilons, product, product_epsilons, row_sum, sum_epsilons
 from clipping.routed import Routed
 from clipping.rows import Rows
+
+SQUARES = 64
+"""Machine epsilons allowed for squared norms and their sum, whose rounding remains when the parts cancel."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,14 +47,20 @@ class Sum:
         return total
 
     def sq_norm(self) -> Tensor:
-        """(B,), with the exact cross terms: |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>."""
-        largest = self.parts[0].sq_norm()
-        for part in self.parts[1:]:
-            largest = largest + part.sq_norm()
-        total = largest
-        for first, second in combinations(self.parts, 2):
-            total = total + 2 * cross(first, second)
-        return rounded_up(total, largest)
+        """(B,), with the exact cross terms: |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>.
+
+        Guarantees
+        ----------
+        Rounded up by what each inner product may err and by SQUARES epsilons of the squares, which remain when
+        the parts cancel (test_guarantee_a_tied_sum_that_cancels_is_measured).
+        """
+        squares = [part.sq_norm() for part in self.parts]
+        largest = torch.stack(squares).sum(0)
+        total, error = largest, SQUARES * torch.finfo(largest.dtype).eps * largest
+        for first, second in combinations(range(len(self.parts)), 2):
+            value, most = _crossed(self.parts[first], self.parts[second], squares[first].sqrt())
+            total, error = total + 2 * value, error + 2 * most
+        return torch.where(torch.isfinite(total), total.clamp_min(0) + error, torch.inf)
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""
@@ -83,33 +94,62 @@ class Sum:
 
 def cross(first: SampleGrads, second: SampleGrads) -> Tensor:
     """(B,): inner product, example by example, of two structures over the same parameter."""
+    return _crossed(first, second, None)[0]
+
+
+def _crossed(first: SampleGrads, second: SampleGrads, length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B,) inner products, and the most by which they err; `length` is the norm of `first`."""
     match first, second:
         case Outer(), Rows():
             return _cross_outer_rows(first, second)
         case Rows(), Outer():
             return _cross_outer_rows(second, first)
         case Dense(), _:
-            return second.inner(widen(first.values))
+            return second.inner(widen(first.values)), second.rounding() * row_norm(first.values)
         case _, Dense():
-            return first.inner(widen(second.values))
+            return first.inner(widen(second.values)), first.rounding() * row_norm(second.values)
         case _:
-            return first.inner(second.dense())
+            formed = second.dense()
+            length = first.sq_norm().sqrt() if length is None else length
+            return first.inner(formed), first.rounding() * row_norm(formed) + length * _forming(second)
 
 
-def _cross_outer_rows(outer: Outer, rows: Rows) -> Tensor:
+def _forming(grads: SampleGrads) -> Tensor:
+    """(B,): most by which rounding moves the gradients as they are formed."""
+    match grads:
+        case Outer() | Routed():
+            positions = grads.left.shape[-2]
+            return forming(positions, grads.left.dtype) * row_norm(grads.left) * row_norm(grads.right)
+        case Rows():
+            return grads.forming()
+        case Convolved():
+            return grads.forming()
+        case _:
+            return grads.rounding()
+
+
+def _cross_outer_rows(outer: Outer, rows: Rows) -> tuple[Tensor, Tensor]:
     # <sum_t l_t r_t^T, sum_s e_{v_s} z_s^T> = sum_{t,s} l_t[v_s] <r_t, z_s>: a gather and one product, no one-hot.
     num_looked_up = rows.indices.shape[1]
     step = max(1, min(outer.left.shape[2], CHUNK_ELEMENTS // max(1, 2 * num_looked_up)))
-    parts = []
+    steps = -(-outer.left.shape[2] // step)
+    most = product_epsilons(outer.right.shape[3]) + sum_epsilons(step * num_looked_up) + steps / 2
+    parts, errors = [outer._none()], [outer._none()]
     for part in chunks(outer.num_examples, 2 * step * num_looked_up):
         index, values = rows.indices[part].unsqueeze(1), widen(rows.values[part]).mT
         total = outer._none().new_zeros(index.shape[0])
+        terms = torch.zeros_like(total)
+        sizes = torch.linalg.vector_norm(values, dim=1).unsqueeze(2)
         pieces = (x[part][:, 0].split(step, dim=1) for x in (outer.left, outer.right))
         for left, right in zip(*pieces, strict=True):
-            picked = widen(left.gather(2, index.expand(-1, left.shape[1], -1)))
-            total += picked.mul_(torch.matmul(widen(right), values)).flatten(1).sum(1)
+            picked, right = widen(left.gather(2, index.expand(-1, left.shape[1], -1))), widen(right)
+            # The sizes of the terms themselves: where tokens repeat, a product of norms would be far above them.
+            reach = torch.linalg.vector_norm(right, dim=2)
+            terms += ((picked.abs() @ sizes).squeeze(2) * reach).sum(1)
+            total += row_sum(picked.mul_(product(right, values)))
         parts.append(total)
-    return torch.cat(parts) if parts else outer._none()
+        errors.append(epsilons(most, total.dtype) * terms)
+    return torch.cat(parts), torch.cat(errors)
 
 
 def add(first: SampleGrads, second: SampleGrads) -> SampleGrads:

@@ -4,8 +4,8 @@
 Shapes: L terms of an inner product, summed in runs of `width`.
 
 References: Fasi et al. (2021), "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330 (exact products,
-aligned and truncated sums); Higham and Mary (2019), "A new approach to probabilistic rounding error
-analysis", SIAM J. Sci. Comput. 41(5) (a sum of n roundings to nearest errs by about sqrt(n)).
+aligned and truncated sums); Higham (2002), Accuracy and Stability of Numerical Algorithms, section 4.2 (a sum of
+n roundings to nearest errs by n / 2 epsilons at most).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Blocks:
 
         Within a run: RUN_EPSILONS, whatever the length, since each run errs relative to its own terms. Between
         runs, sums are ordinary float32 additions that round to nearest (the kernels keep them out of the
-        tensor core): 6 standard deviations of sqrt(runs) roundings of half an epsilon.
+        tensor core): half an epsilon each. All may round one way, where an example is made for it.
         """
-        return EPSILON * (RUN_EPSILONS + 3.0 * math.sqrt(max(1.0, length / self.width)))
+        return EPSILON * (RUN_EPSILONS + 0.5 * math.ceil(length / self.width))
 
 
 def blocks_for(dtype: torch.dtype, extent: int) -> Blocks:

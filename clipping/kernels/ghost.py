@@ -106,7 +106,7 @@ def ghost_sq_norm(
     the sum of products errs by at most u (tr A |G G^T| + |A A^T| tr G) + u^2 tr A tr G by Cauchy-Schwarz,
     and the weighted sum moves its squared norm by as much again, since |A^T G|^2 <= |A A^T| |G G^T|. The
     norms |.| are Frobenius norms of the Grams, which the kernel sums as well: where positions do not cancel
-    they are far below the traces, and with tr A tr G alone, as in `Outer`, the margin at T = 1024 would be 3%.
+    they are far below the traces, and with tr A tr G alone, the margin at T = 1024 would be 3%.
     inf or NaN where an example is not finite. No atomics: the same input gives the same bits.
     """
     num_examples, num_groups, num_positions, num_out = left.shape
