@@ -157,7 +157,8 @@ class HiddenFeedback:
 
     `noise_multiplier` is noise std / C1, `feedback` is C2 / C1, `residual` bounds |r_i| / C1 (None: nothing does).
     Gradients may depend on released outputs, not on e. Steps that share an error with a bounded residual keep
-    C1, C2, the residual and the noise std: where one of them changes, e starts from 0 again.
+    C1, C2, the residual and the noise std (the rate may change): where one of them changes, e starts from 0 again.
+    Two runs have an error each.
     """
 
     sampling_rate: float

@@ -17,31 +17,42 @@ the record takes part. `rest` is what else was released, in any order between th
    exp(B - u/2) is the conditional mean of the one at W / s^2: by Jensen it is below it in the convex order, so no
    divergence is above that of the Gaussian mu = sqrt(W) / s (as in the filter of Smith, Thakurta 2022, arXiv:2210.17520).
    The coins have one law in D and D': delta_2(e) = E_K[delta of the Gaussian mu_K at e] (joint convexity).
-3. **The gradient amplified, then the feedback.** From D to D' by way of Q: all of D', but fed back is what D would
-   have. D against Q: rest + `PoissonSampled(q, Gaussian(s))` (Q's hidden error does not see the record; its coins are
-   fresh). Q against D': only b_t differs; as in 2 with W = min((K R)^2, T (2c)^2).
+3. **The gradient amplified, then the feedback.** With a record added, removed or emptied: D lacks it, or has it empty.
+   From D to D' by way of Q: all of D', but fed back is what D would have. D against Q: rest +
+   `PoissonSampled(q, Gaussian(s))` (neither's hidden error has seen the record; its coins are fresh). Q against D': only
+   b_t differs; as in 2 with W = min((K R)^2, T (2c)^2).
 
 Where there is a rest, 2 goes by way of Q too: all of D', but the steps as in D. If P, Q are (e1, d1) close in both
 directions and Q, P' are (e2, d2) close, then P, P' are (e1 + e2, max(d2 + exp(e2) d1, d1 + exp(e1) d2)) close: a triangle,
 not an addition of Renyi orders. Every split is a bound; the best of a few is taken.
 
-With a record replaced a_t <= 2 and residuals differ by 2R: 2 and 3 hold with W so grown, and `PoissonSampled` at its
-price under that relation; 1 is then the Gaussian of distance 2 + 2c.
+**A record replaced**, z in D by z' in D', under the same coins. 1 is the Gaussian of distance 2 + 2c. 2 holds with
+a_t <= 2 and residuals that differ by 2R: W = min((2 sqrt(K) + min(2 K R, 2c sqrt(T)))^2, K (2 + 2c)^2 + (T - K) (2c)^2).
+3 must go by way of two, P and Q, whose hidden errors have seen neither z nor z'. D against P, which has z: only b_t
+differs, W as in 3. P against Q, which has z': rest + `PoissonSampled` at its price under that relation. Q against D': as
+the first. Three legs, (e2, d2), (e1, d1), (e2, d2) close in both directions, are
+(e1 + 2 e2, d2 + exp(e2) d1 + exp(e1 + e2) d2) close. Two legs would not do: where what D feeds back is kept while z
+becomes z', it tells which turns the record took, and their gradients are not sampled any more
+(test_what_a_replaced_record_fed_back_tells_its_coins).
 
-Steps of one leaf share an error, those of another leaf have one of their own (`events.HiddenFeedback`), so their W add.
+Steps may share an error if they differ at most in their rate (`events.HiddenFeedback`): K and T are then sums. Other
+steps have an error of their own, so their W add; but steps whose residuals nothing bounds may share one whatever else
+they differ in: each b_t <= 2c, once the record has taken part in any. Equal steps of errors apart are covered:
+(sum K R)^2 is above the sum of (K R)^2, and T (2c)^2 adds.
 """
 
 from collections import Counter
 from dataclasses import dataclass, replace
 
 from accountants.curve import Accountant, Bound, Curve, check_count, check_delta, check_epsilon
-from accountants.energies import Mixture, Runs, chained_delta, chained_epsilon, mixture
+from accountants.energies import Chain, Runs, chained_delta, chained_epsilon, mixture
 from accountants.events import Composed, Event, Gaussian, HiddenFeedback, PoissonSampled, Repeated, leaves
 from accountants.relations import REPLACE
 
 HIDDEN_FEEDBACK = "hidden feedback: the clipped gradient is amplified by sampling, what is fed back is not"
 BOUNDED_RESIDUAL = (
-    "hidden feedback: each residual is bounded as stated, and steps of equal parameters share one error"
+    "hidden feedback: each residual is bounded as stated, and an error is shared only by steps that are equal but for "
+    "their rates"
 )
 
 
@@ -53,8 +64,8 @@ class FeedbackCurve:
 
     Guarantees
     ----------
-    Never below the truth (module docstring; test_guarantee_hidden_feedback_covers_its_worst_pair), and never above
-    `direct`. Closed under `+` with itself and with the plain curves of the same accountant, and under `*`.
+    Never below the truth (module docstring; test_guarantee_hidden_feedback_covers_its_worst_pair,
+    test_guarantee_hidden_feedback_covers_a_replaced_record), and never above `direct`. Closed under `+` with itself and with the plain curves of the same accountant, and under `*`.
     """
 
     direct: Curve
@@ -89,8 +100,8 @@ class FeedbackCurve:
         """Return the smallest delta proven at `epsilon`."""
         check_epsilon(epsilon)
         found = self.direct.delta(epsilon)
-        for first, second, _ in self._chains():
-            found = min(found, chained_delta(first, second, epsilon, found))
+        for chain, _ in self._chains():
+            found = min(found, chained_delta(chain, epsilon, found))
         return found
 
     def bound(self, delta: float) -> Bound:
@@ -99,8 +110,8 @@ class FeedbackCurve:
         best = self.direct.bound(delta)
         why = (HIDDEN_FEEDBACK,) if self.runs else ()
         found = replace(best, assumptions=(*best.assumptions, *why))
-        for first, second, method in self._chains():
-            value = chained_epsilon(first, second, delta, found.epsilon)
+        for chain, method in self._chains():
+            value = chained_epsilon(chain, delta, found.epsilon)
             if value < found.epsilon:
                 also = (*why, BOUNDED_RESIDUAL) if self._bounded else why
                 found = Bound(value, delta, method, (*best.assumptions, *also))
@@ -110,14 +121,15 @@ class FeedbackCurve:
     def _bounded(self) -> bool:
         return any(leaf.residual is not None for leaf, _ in self.runs)
 
-    def _chains(self) -> "list[tuple[Curve, Mixture, str]]":
-        """The bounds besides `direct`: a curve from D to Q, the Gaussians from Q to D', and a name."""
+    def _chains(self) -> list[tuple[Chain, str]]:
+        """The bounds besides `direct`, with their names."""
         if not self.runs or not (self._bounded or self.rest.epsilon(0.0) == 0):
             return []  # the shifted pair is below the chain
-        chains = [(self.rest, mixture(self.runs, True, self.replaced), "hidden feedback, coins shown")]
+        shown = Chain(self.rest, mixture(self.runs, True, self.replaced))
+        chains = [(shown, "hidden feedback, coins shown")]
         if self._bounded:
-            fed = mixture(self.runs, False, self.replaced)
-            chains.append((self.amplified, fed, "hidden feedback, bounded residual"))
+            fed = Chain(self.amplified, mixture(self.runs, False, False), around=self.replaced)
+            chains.append((fed, "hidden feedback, bounded residual"))
         return chains
 
 

@@ -27,6 +27,10 @@ Seen = Callable[[str, SampleGrads, Tensor], None]
 """(parameter, gradients that were clipped, their weights (B,)): told of each parameter before it is dropped."""
 
 
+ROUND = ">"
+"""What parts the number of a round from a name, where a batch is released in rounds."""
+
+
 class Count(Protocol):
     """A few numbers of each example, made from its norm in one group, summed and released beside the gradients."""
 
@@ -68,7 +72,8 @@ class Contribution:
     in `beside`, under parameter names that begin with its key; all clippers have the same groups, and take the norms
     of the moved gradient. Sums whose prefix is in `hidden` are not released: they stay before the noise, and
     their clippers bound nothing. `counts` are summed under their own names. `seen` is told of every parameter.
-    `of_records` gives the contribution of a backward whose rows are known records, for what depends on them;
+    `of_records` gives the contribution of a backward whose rows are known records, out of `num_records`, for what
+    depends on them;
     `forget` is called where a step is given up, or has ended.
 
     Guarantees
@@ -85,12 +90,24 @@ class Contribution:
     moved: Moved | None = None
     seen: Seen | None = None
     of_records: Callable[[Sequence[int]], Contribution] | None = None
+    num_records: int | None = None
     forget: Callable[[], None] | None = None
 
     @property
     def clippers(self) -> dict[str, Clipper]:
         """The clipper of each sum, by prefix; "" is the gradient's own."""
         return {"": self.clipper, **self.beside}
+
+    def require_apart(self, names: Sequence[str]) -> None:
+        """Raise ValueError for parameters named like a sum or a count beside the gradient's own."""
+        keys = [prefix + name for prefix in self.clippers for name in names] + list(self.counts)
+        odd = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
+        odd |= {name for name in names if ROUND in name}
+        if odd:
+            raise ValueError(
+                f"expected parameter names that no other released vector has, without {ROUND!r}; got {sorted(odd)[:4]}; "
+                "rename the modules"
+            )
 
     def released(self, groups: tuple[tuple[str, ...], ...]) -> tuple[Group, ...]:
         """The released vectors, in groups with their sensitivities; `groups` are those of the parameters."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -91,4 +92,19 @@ def refuse_flat_indices(layer: Layer, first: Tensor, root_dims: int, batch_dim: 
             f"expected indices with the batch in dimension {batch_dim} for embedding {layer.name!r}; got "
             f"shape {tuple(first.shape)}, whose gradient is summed over the examples before it can be "
             "clipped; give positions the shape (1, T) or (B, T)"
+        )
+
+
+def refuse_rounded(layer: Layer, grads: tuple[Tensor | None, ...], *, mean: bool) -> None:
+    """Raise TypeError for gradients of a mean of losses in bfloat16 or float16.
+
+    One over the batch size has 8 bits there, and so has each product with it: how all examples are rounded depends on
+    how many were drawn, which adds up to many clip norms in large batches.
+    """
+    low = [g.dtype for g in grads if g is not None and g.dtype in (torch.bfloat16, torch.float16)]
+    if mean and low:
+        raise TypeError(
+            f"expected the sum of the losses where gradients are {low[0]}, as in layer {layer.name!r}; got their mean, whose "
+            'division by the size of the batch is rounded for all examples alike; use reduction="sum", and say so with '
+            'loss_reduction="sum"'
         )

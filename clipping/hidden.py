@@ -42,13 +42,16 @@ class HiddenState:
         # Nothing yet, or overflown: then it holds no direction any more.
         state = self._state if weight > 0.0 else {}
         found = {
-            name: value if name not in state else value + weight * state[name]
+            name: value if name not in state else value + (weight * state[name]).to(value.dtype)
             for name, value in total.items()
         }
-        self._next = {}
-        for name in {*state, *cut}:
-            kept = state[name] * (1 - weight) if name in state else torch.zeros_like(total[name])
-            self._next[name] = kept if name not in cut else kept + cut[name]
+        # In float64: what rounding does to the state of a neighbour stays, and adds up over the steps.
+        kept = {name: value * (1 - weight) for name, value in state.items()}
+        new = {name: value.double() for name, value in cut.items()}
+        self._next = {
+            **kept,
+            **{name: value if name not in kept else value + kept[name] for name, value in new.items()},
+        }
         return found
 
     def keep(self) -> None:
@@ -68,8 +71,6 @@ class HiddenState:
     def _weight(self) -> float:
         if not self._state:
             return 0.0
-        parts = [row_norm(value.unsqueeze(0)).double().cpu() for value in self._state.values()]
-        double = all(value.dtype == torch.float64 for value in self._state.values())
-        # In the dtype of the state: a weight that is no normal number there would be rounded up by half and more.
-        norm = torch.linalg.vector_norm(torch.cat(parts)).to(torch.float64 if double else torch.float32)
-        return float(self._clipper.weights(norm.view(1))[0].double() * (1 - 1e-5))
+        parts = [row_norm(value.unsqueeze(0)).cpu() for value in self._state.values()]
+        norm = torch.linalg.vector_norm(torch.cat(parts))
+        return float(self._clipper.weights(norm.view(1))[0] * (1 - 1e-5))

@@ -42,7 +42,12 @@ class Memory:
     def contribution(self) -> Contribution:
         """What one example of the next step adds; rows must be told apart."""
         self.forget()
-        return Contribution(FlatClipper(self.clip_norm), of_records=self._of_records, forget=self.forget)
+        return Contribution(
+            FlatClipper(self.clip_norm),
+            of_records=self._of_records,
+            num_records=self.num_records,
+            forget=self.forget,
+        )
 
     def keep(self) -> None:
         """The step is released: remember it."""
@@ -51,6 +56,11 @@ class Memory:
             if rows is None:
                 rows = self._rows[name] = change.new_zeros(self.num_records, *change.shape[1:])
             rows.index_add_(0, records, change, alpha=self.rate)
+        self._changes.clear()
+
+    def clear(self) -> None:
+        """Every record begins anew."""
+        self._rows.clear()
         self._changes.clear()
 
     def forget(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipping.engines import Collector
 from clipping.grads import SampleGrads
+from clipping.precision import exact_products
 from clipping.sums import add
 
 
@@ -40,10 +41,11 @@ class Merging:
     def hand_over(self, collector: Collector) -> None:
         """Give everything to `collector`."""
         num_examples = self.num_examples or 0
-        while self._found:
-            name, grads = self._found.popitem()
-            collector.ready(name, grads, num_examples)
-        collector.complete(num_examples)
+        with exact_products():  # outside a backward, a block of autocast of the user's may be open
+            while self._found:
+                name, grads = self._found.popitem()
+                collector.ready(name, grads, num_examples)
+            collector.complete(num_examples)
 
 
 class Held:
@@ -62,7 +64,8 @@ class Held:
     def hand_over(self, collector: Collector) -> None:
         """Give everything to `collector`, and keep it."""
         self._left = set(self._found)
-        for name, grads in self._found.items():
-            self._left.discard(name)
-            collector.ready(name, grads, self._num_examples)
-        collector.complete(self._num_examples)
+        with exact_products():
+            for name, grads in self._found.items():
+                self._left.discard(name)
+                collector.ready(name, grads, self._num_examples)
+            collector.complete(self._num_examples)

@@ -24,7 +24,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from clipping.compiled import HOOK_GUARDS, untraced
-from clipping.delivery import batch_first, check_batch, only, refuse_flat_indices, refuse_opaque, told_of_vmap
+from clipping.delivery import (
+    batch_first,
+    check_batch,
+    only,
+    refuse_flat_indices,
+    refuse_opaque,
+    refuse_rounded,
+    told_of_vmap,
+)
 from clipping.engines import Begin
 from clipping.errors import UnrecordedParameter
 from clipping.folds import Folds
@@ -44,7 +52,8 @@ class Tape:
     """Records per-example gradients of every trainable parameter of `model` while it is attached.
 
     `begin` makes the collector of each backward. `batch_dim` is the dimension of the
-    batch in the tensors that layers see (0, or 1 for sequence-first models). Attaching registers module and
+    batch in the tensors that layers see (0, or 1 for sequence-first models). `mean` says that backwards start from the
+    mean of the losses. Attaching registers module and
     parameter hooks only; `detach` removes all of them, and nothing else is ever left on the model.
 
     Guarantees
@@ -54,9 +63,10 @@ class Tape:
     (test_guarantee_autograd_never_writes_a_gradient).
     """
 
-    def __init__(self, model: nn.Module, begin: Begin, *, batch_dim: int = 0) -> None:
+    def __init__(self, model: nn.Module, begin: Begin, *, batch_dim: int = 0, mean: bool = False) -> None:
         self.model = model
         self.batch_dim = batch_dim
+        self._mean = mean
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.layers = recorded_layers(model)
@@ -262,6 +272,7 @@ class Tape:
             record = self._records[task] = Record(self._begin, self._calls, self._lock)
             torch.autograd.Variable._execution_engine.queue_callback(record.complete)
         self.turns.require(call.origin, record.unit)
+        refuse_rounded(call.layer, grads, mean=self._mean)
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)

@@ -198,11 +198,11 @@ class PrivacyEngine:
     def evaluate(self, loss: Callable[[], Tensor], *, records: Sequence[int] | None = None) -> None:
         """The backward of `loss()`, a loss for each example (B,), at as many points as the estimator needs.
 
-        In place of `loss.backward()`, for the estimators that say so; `records` are the indices of the rows, by
-        default those of the batch that the loader handed out last, whose order must not be changed then.
+        In place of `loss.backward()`, for the estimators that say so. `records` are the indices of the rows in the
+        dataset, for those that remember each record: let the dataset's items carry them, as a collate function may
+        change the order.
         """
-        given = self.training.sum.part_records if records is None else records
-        self.training.evaluate(loss, records=given)
+        self.training.evaluate(loss, records=records)
 
     def discard(self) -> None:
         """Drop what the current step collected (after an out-of-memory error, say), to run its batch again."""

@@ -24,10 +24,10 @@ from dpopt.training import PrivateTraining
 
 
 class Part(NamedTuple):
-    """A physical batch: the `records` of a draw that are in it, the `first` or the `last` of its parts."""
+    """A physical batch: `size` of the records of a draw, the `first` or the `last` of its parts."""
 
     draw: int
-    records: tuple[int, ...]
+    size: int
     drawn: tuple[int, ...]
     first: bool
     last: bool
@@ -60,7 +60,7 @@ class PoissonBatches(Sampler[list[int]]):
             for start in range(0, max(1, len(indices)), size):
                 part = indices[start : start + size]
                 last = start + size >= len(indices)
-                parts.append(Part(number, tuple(part), tuple(indices), start == 0, last))
+                parts.append(Part(number, len(part), tuple(indices), start == 0, last))
                 yield part
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class PrivateDataLoader(DataLoader[Any]):
             if torch.is_grad_enabled():
                 if part.first:
                     batches.training.begin(part.draw, len(part.drawn), part.drawn)
-                step.hold, step.num_part, step.part_records = not part.last, len(part.records), part.records
+                step.hold, step.num_part = not part.last, part.size
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(

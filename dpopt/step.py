@@ -45,7 +45,7 @@ class StepSum:
     `mean` says that each backward starts from the mean of its examples' losses (else from their sum).
     `two_pass` runs two backwards for each loss: norms, then sums, so that no output gradient is held.
     `contribution` is what each example adds, until `begin` gives another stage. `hold` says that more parts of the
-    drawn batch are to come; `num_part` and `part_records` are those of the part handed out last.
+    drawn batch are to come; `num_part` is the size of the part handed out last.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class StepSum:
         two_pass: bool = False,
         costs: Costs,
     ) -> None:
-        self.tape = Tape(model, self._begin, batch_dim=batch_dim)
+        self.tape = Tape(model, self._begin, batch_dim=batch_dim, mean=mean)
+        contribution.require_apart(list(self.tape.parameters))
         groups = contribution.clipper.groups(list(self.tape.parameters))
         self.sums = Sums(contribution, groups, mean, costs, self.tape.parameters)
         self.two_pass = two_pass
         self.admission = Admission()
         self.hold = False
         self.num_part = 0
-        self.part_records: tuple[int, ...] = ()
         self.probing = Probing(self.tape, lambda: None if self.num_drawn is None else self.num_part)
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None

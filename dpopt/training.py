@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dpopt.budget import Budget
 from dpopt.configuration import configuration
 from dpopt.differences import add_difference
 from dpopt.estimators.estimator import Estimator
-from dpopt.estimators.prices import Prices, prices
+from dpopt.estimators.prices import Prices, prices, require_priced
 from dpopt.estimators.releases import mechanism_of, release, scaled
 from dpopt.gradients import write_gradients
 from dpopt.mechanisms import Mechanism
@@ -36,7 +36,7 @@ from dpopt.watch import Watch
 class PrivateTraining:
     """A training run whose every released gradient is clipped, charged, noised, and only then written.
 
-    `clipper` or an `estimator` (`dpopt.estimators`), `mechanism` and `sampling` (see `dpopt.sampling`) fix what one step
+    `clipper` or an `estimator` (`dpopt.estimators`; the run takes a fresh one of its numbers), `mechanism` and `sampling` (see `dpopt.sampling`) fix what one step
     releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`, printed). `relation`
     says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is. A run that continues
     a ledger is refused under another configuration than that of the last, unless `new_configuration` says that it is
@@ -107,7 +107,8 @@ class PrivateTraining:
         )
         if costs is None:  # measured costs may choose otherwise in another run, and round otherwise
             costs = DEFAULT if insecure_seed is not None else measured(next(model.parameters()).device)
-        self.estimator = only_estimator(clipper, estimator)
+        self.estimator = only_estimator(clipper, estimator).fresh()
+        require_priced(self.estimator, relation)
         self._stage = self.estimator.stage(0)
         self._clipper = self._stage.contribution.clipper
         self.sum = StepSum(
@@ -128,6 +129,7 @@ class PrivateTraining:
         self.noise_stds: dict[str, float] = {}
         """The standard deviation of the noise in each `.grad` of the last release; empty where it is of several."""
         self._open = False
+        self._dataset: Sized | None = None
         self._watch = Watch(model, self.sum)
 
     def __enter__(self) -> PrivateTraining:
@@ -136,6 +138,8 @@ class PrivateTraining:
         if self._account.was_open:
             # Charges number the noise, and a ledger that was put back or taken away counts them again.
             self._tier = self._new_tier()
+            self._dataset = None
+            self.estimator = self.estimator.fresh()  # what is hidden was priced for one run
         ledger = self._account.open(self._prices.at(0))
         try:
             self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
@@ -214,11 +218,23 @@ class PrivateTraining:
     ) -> Iterator[Batch]:
         """Draw `steps` batches of `dataset` (default: all that the budget affords); release each before the next."""
         require_users(self.sampling, dataset)
+        self._require_places(dataset)
         for _ in range(self.payments.settled(steps, self.steps)):
             draw = self.draw(len(dataset))
             self.begin(draw.number, len(draw.indices), draw.indices)
             yield Batch(tuple(dataset[i] for i in draw.indices), tuple(draw.indices))
             self.sum.admission.require_ended()
+
+    def _require_places(self, dataset: Sized) -> None:
+        known = self._stage.contribution.num_records
+        if known is None:
+            return
+        if len(dataset) != known or (self._dataset is not None and self._dataset is not dataset):
+            raise ValueError(
+                f"expected the one dataset of {known} records whose places the estimator remembers; got another one; use a "
+                "run of its own for it"
+            )
+        self._dataset = dataset
 
     def accumulate(
         self,

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from accountants import Event
 from clipping import Contribution, FlatClipper
 from clipping.clippers import check_clip_norm
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
 
 _COUNT = "count:below"
 _LEAST = 1e-8
@@ -100,17 +98,26 @@ class Ranges:
         return (chosen * heights)[:, :-1]
 
 
+@dataclass(slots=True)
+class Level:
+    """Public state: the clip norm of the next step, and the fractions that the last release told."""
+
+    clip_norm: float
+    fractions: tuple[float, ...] = ()
+
+
 def followed(clip_norm: float, fraction: float, target: float, rate: float, most: float) -> float:
     """The clip norm after a step in which about `fraction` of the norms lay below: towards `target`."""
     factor = math.exp(-rate * (min(1.0, max(0.0, fraction)) - target))
     return min(most, max(clip_norm * factor, _LEAST))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Quantile:
     """Moves the clip norm towards the `target` quantile of the gradients' norms, geometrically by `rate`.
 
-    `share` of each step's budget pays for the count. The clip norm stays below `most`.
+    `share` of each step's budget pays for the count. The clip norm stays below `most`;
+    `level` holds the present one.
 
     Guarantees
     ----------
@@ -124,9 +131,15 @@ class Quantile:
     rate: float = 0.2
     share: float = 0.01
     most: float = math.inf
+    level: Level = field(init=False, compare=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=True, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
+        object.__setattr__(self, "level", Level(self.clip_norm))
         _check(self.target, self.rate, self.most)
         if not 0 < self.share < 1:
             raise ValueError(
@@ -151,34 +164,29 @@ class Quantile:
         """A share for the count, the rest for the gradient."""
         return self._shares
 
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
-
     def stage(self, step: int) -> Stage:
         """One at the clip norm as it is."""
-        counts = {_COUNT: Below(self.clip_norm)}
-        return Stage(Contribution(FlatClipper(self.clip_norm), counts=counts), self._finish, direct=True)
+        counts = {_COUNT: Below(self.level.clip_norm)}
+        return Stage(
+            Contribution(FlatClipper(self.level.clip_norm), counts=counts), self._finish, direct=True
+        )
 
     def _shares(self, sensitivities: Sequence[float], sizes: Sequence[int]) -> Sequence[float]:
         return 1 - self.share, self.share
 
     def _finish(self, released: Vectors) -> Vectors:
         fraction = released[_COUNT].item() + 0.5
-        self.clip_norm = followed(self.clip_norm, fraction, self.target, self.rate, self.most)
+        level = self.level
+        level.fractions = (fraction,)
+        level.clip_norm = followed(level.clip_norm, fraction, self.target, self.rate, self.most)
         return {name: value for name, value in released.items() if name != _COUNT}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Slack:
     """As `Quantile`, by counts that cost nothing: a gradient shorter than the clip norm leaves room for a number.
 
-    `edges`, in parts of the clip norm, are where the distribution of norms is told; `fractions` holds the
+    `edges`, in parts of the clip norm, are where the distribution of norms is told; `level.fractions` holds the
     last one, and `target` is what shall lie below the last edge.
 
     Guarantees
@@ -193,10 +201,16 @@ class Slack:
     rate: float = 0.2
     edges: tuple[float, ...] = (0.4, 0.7)
     most: float = math.inf
-    fractions: tuple[float, ...] = ()
+    level: Level = field(init=False, compare=False)
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=True, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
+        object.__setattr__(self, "level", Level(self.clip_norm))
         _check(self.target, self.rate, self.most)
         rising = all(a < b for a, b in zip((0.0, *self.edges), (*self.edges, 1.0), strict=True))
         if not (self.edges and rising):
@@ -215,32 +229,19 @@ class Slack:
         """Name and public numbers."""
         return {"name": "slack", "target": self.target, "rate": self.rate, "edges": repr(self.edges)}
 
-    @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own: there is one group."""
-        return None
-
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
-
     def stage(self, step: int) -> Stage:
         """One at the clip norm as it is."""
-        ranges = Ranges(self.clip_norm, tuple(edge * self.clip_norm for edge in self.edges))
+        level, clip_norm = self.level, self.level.clip_norm
+        ranges = Ranges(clip_norm, tuple(edge * clip_norm for edge in self.edges))
 
         def finish(released: Vectors) -> Vectors:
             numbers = released[_COUNT].tolist()
             counts = [n / height for n, height in zip(numbers, ranges.heights, strict=True)]
-            self.fractions = tuple(math.fsum(counts[: j + 1]) for j in range(len(counts)))
-            self.clip_norm = followed(self.clip_norm, self.fractions[-1], self.target, self.rate, self.most)
+            level.fractions = tuple(math.fsum(counts[: j + 1]) for j in range(len(counts)))
+            level.clip_norm = followed(clip_norm, level.fractions[-1], self.target, self.rate, self.most)
             return {name: value for name, value in released.items() if name != _COUNT}
 
-        return Stage(Contribution(FlatClipper(self.clip_norm), counts={_COUNT: ranges}), finish, direct=True)
+        return Stage(Contribution(FlatClipper(clip_norm), counts={_COUNT: ranges}), finish, direct=True)
 
 
 def _check(target: float, rate: float, most: float) -> None:

@@ -27,17 +27,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from accountants import Event
 from clipping import ClipRule, Contribution, FlatClipper, SampleGrads
 from clipping.clamped import Clamped
 from clipping.shifted import shifted
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Centred:
     """Clips by `rule(clip_norm)` around a tracked centre that moves by `rate` times each release.
 
@@ -60,7 +58,11 @@ class Centred:
     tracked: bool = True
     coordinates: int | None = None
     name: str = "centred"
-    centre: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    centre: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         self.rule(self.clip_norm)
@@ -90,22 +92,13 @@ class Centred:
         return {"name": self.name, "rule": rule, "coordinates": self.coordinates, **held}
 
     @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own."""
-        return None
-
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
+    def speaks_of_zero(self) -> bool:
+        """An example without a gradient is clipped from the centre like any other."""
+        return self.tracked or self.rounds > 1
 
     def stage(self, step: int) -> Stage:
         """One around the centre as it is."""
-        here = self.centre if self.tracked else {}
+        here = dict(self.centre) if self.tracked else {}
 
         def again(released: Vectors) -> Contribution:
             nonlocal here
@@ -113,7 +106,7 @@ class Centred:
             return self._contribution(here)
 
         def finish(released: Vectors) -> Vectors:
-            self.centre = moved_by(here, released, self.rate)
+            self.centre.update(moved_by(here, released, self.rate))
             return {
                 name: value.clone() for name, value in self.centre.items()
             }  # users change gradients in place

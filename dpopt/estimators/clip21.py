@@ -21,18 +21,18 @@ from torch import Tensor
 from accountants import Event
 from clipping.clippers import check_clip_norm
 from clipping.memory import Memory
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
 from dpopt.sampling import PoissonSampling, Sampling
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Clip21:
     """Clips each record's gradient around what it has sent before, and moves both by `rate`.
 
     `num_records` and `sampling_rate` are public and those of the run. `accumulate` must be told which record each
-    row is. Every `restart` steps (None: never) the gradient and all memories begin at 0 again.
+    row is, and each keeps its place in the dataset for the whole run. Every `restart` steps (None: never) the gradient and all memories begin at 0 again.
 
     Guarantees
     ----------
@@ -48,8 +48,12 @@ class Clip21:
     sampling_rate: float
     rate: float = 1.0
     restart: int | None = None
-    memory: Memory = field(init=False, repr=False)
-    gradient: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    memory: Memory = field(init=False, repr=False, compare=False)
+    gradient: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
@@ -60,7 +64,7 @@ class Clip21:
             )
         if self.restart is not None and self.restart < 1:
             raise ValueError(f"expected restart >= 1 steps or None; got {self.restart}; leave it out")
-        self.memory = Memory(self.num_records, self.clip_norm, self.rate)
+        object.__setattr__(self, "memory", Memory(self.num_records, self.clip_norm, self.rate))
 
     @property
     def guarantee(self) -> str:
@@ -74,16 +78,6 @@ class Clip21:
     def setting(self) -> Mapping[str, float | str | None]:
         """Name and public numbers."""
         return {"name": "clip21", "clip_norm": self.clip_norm, "rate": self.rate, "restart": self.restart}
-
-    @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own."""
-        return None
-
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
 
     def event(self, sampling: Sampling, released: Event) -> Event:
         """That of the sampler, whose coins are fresh in each step."""
@@ -102,8 +96,8 @@ class Clip21:
         self.memory.keep()
         old, factor = self.gradient, self.rate * self.sampling_rate
         found = {n: torch.add(old[n], v, alpha=factor) if old else v * factor for n, v in released.items()}
-        self.gradient = found
+        self.gradient.update(found)
         if self.restart is not None and (step + 1) % self.restart == 0:
-            self.gradient = {}
-            self.memory = Memory(self.num_records, self.clip_norm, self.rate)
+            self.gradient.clear()
+            self.memory.clear()
         return {name: value.clone() for name, value in found.items()}

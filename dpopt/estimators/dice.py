@@ -26,7 +26,7 @@ from accountants import Event, Gaussian, HiddenFeedback, NonPrivate
 from clipping import ClippedSum, Clipper, Contribution, FlatClipper, Group
 from clipping.feedback import RestClipper, UnclippedRest
 from clipping.hidden import HiddenState
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
 from dpopt.sampling import PoissonSampling, Sampling
@@ -34,7 +34,7 @@ from dpopt.sampling import PoissonSampling, Sampling
 _REST = "rest:"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Dice:
     """Error feedback by hidden state: clips at `clip_norm`, gives back at most `feedback` a step.
 
@@ -50,11 +50,15 @@ class Dice:
     clip_norm: float
     feedback: float
     bound: float | None = None
-    state: HiddenState = field(init=False, repr=False)
+    state: HiddenState = field(init=False, repr=False, compare=False)
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
 
     def __post_init__(self) -> None:
         self._rest()
-        self.state = HiddenState(self.feedback)
+        object.__setattr__(self, "state", HiddenState(self.feedback))
 
     @property
     def sensitivity(self) -> float:
@@ -73,16 +77,6 @@ class Dice:
     def setting(self) -> Mapping[str, float | str | None]:
         """Name and public numbers."""
         return {"name": "dice", "clip_norm": self.clip_norm, "feedback": self.feedback, "bound": self.bound}
-
-    @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own: one vector is released."""
-        return None
-
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
 
     def event(self, sampling: Sampling, released: Event) -> Event:
         """Hidden feedback, at the rate of the sampler."""

@@ -5,8 +5,13 @@
     otherwise:  v <- v + (sum clip(g_i(x) - g_i(x'), C2 |x - x'|) + noise of multiplier z * ratio) / B
 
 x' are the parameters of the step before; both gradients of an example are taken on the same batch, which costs a second
-forward and backward. Where the loss is L-smooth, C2 = L clips nothing. The noise of differences adds up until the next
-restart. It pays where steps are short and batches large; with small batches v lags behind.
+forward and backward. Where the loss is L-smooth, C2 = L clips nothing. Where C2 |x - x'| reaches C1, a difference would
+bring more noise than a whole gradient, so that one is taken, at the noise of that step.
+
+The noise of differences adds up until the next restart, and on top of it lies that of the restart: what is gained is
+that restarts are few, so they can have most of the budget. With `ratio` = 1 there is no gain; near the root of
+`restart` both kinds of step cost about the same. It pays where steps are short and batches large, as with SGD on a
+smooth loss; Adam's steps are long, and small batches make v lag behind.
 
 Reference: Murata and Suzuki (2023), arXiv:2302.03884, algorithm 1.
 """
@@ -20,18 +25,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from accountants import Event
 from clipping import Contribution, FlatClipper
 from clipping.clippers import check_clip_norm
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Difference:
-    """Whole gradients every `restart` steps, clipped at `clip_norm`, and differences clipped at smoothness |x - x'|.
+    """Whole gradients every `restart` steps, clipped at `clip_norm`, and differences clipped at smoothness |x - x'|, if less.
 
     `parameters` gives the trainable parameters by name. `ratio` is the noise multiplier of a difference over that of
     a whole gradient. Steps shorter than `shortest` are taken for that long, so that noise never vanishes with
@@ -50,10 +53,14 @@ class Difference:
     parameters: Callable[[], Mapping[str, Tensor]]
     smoothness: float = 1.0
     restart: int = 10
-    ratio: float = 1.0
+    ratio: float = 3.0
     shortest: float = 1e-4
-    last: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    gradient: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    last: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    gradient: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
@@ -61,7 +68,7 @@ class Difference:
         if not all(math.isfinite(x) and x > 0 for x in given) or self.restart < 1:
             raise ValueError(
                 f"expected smoothness, ratio and shortest > 0 and restart >= 1; got {given} and {self.restart}; "
-                "smoothness 1, ratio 1 and restart 10 are a start"
+                "smoothness 1, ratio 3 and restart 10 are a start"
             )
 
     @property
@@ -69,7 +76,7 @@ class Difference:
         """What one step costs."""
         return (
             f"gradients clipped at {self.clip_norm:g} every {self.restart} steps and differences clipped at "
-            f"{self.smoothness:g} |x - x'| in between, at noise multipliers z and {self.ratio:g} z: each step is the "
+            f"{self.smoothness:g} |x - x'|, if less, in between, at noise multipliers z and {self.ratio:g} z: each step is the "
             "Gaussian mechanism on one draw"
         )
 
@@ -80,24 +87,16 @@ class Difference:
         return {"name": "diff2", "clip_norm": self.clip_norm, "smoothness": self.smoothness, **held}
 
     @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own."""
-        return None
-
-    @property
     def factors(self) -> Factors | None:
         """1 for whole gradients, `ratio` for differences."""
         return None if self.ratio == 1 else self._factor
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
 
     def stage(self, step: int) -> Stage:
         """A whole gradient or a difference, by the number of the step."""
         here = self.parameters()
         whole = step % self.restart == 0 or not self.last
         clip_norm = self.clip_norm if whole else self.smoothness * max(self.shortest, self._moved(here))
+        whole, clip_norm = whole or clip_norm >= self.clip_norm, min(clip_norm, self.clip_norm)
         return Stage(
             Contribution(FlatClipper(clip_norm)),
             lambda released: self._finish(released, here, whole=whole),
@@ -114,7 +113,7 @@ class Difference:
         return math.sqrt(math.fsum(squares))
 
     def _finish(self, released: Vectors, here: Mapping[str, Tensor], *, whole: bool) -> Vectors:
-        old = self.gradient
-        self.gradient = {n: v.clone() if whole else torch.add(old[n], v) for n, v in released.items()}
-        self.last = {name: value.detach().clone() for name, value in here.items()}
+        old = dict(self.gradient)
+        self.gradient.update({n: v.clone() if whole else torch.add(old[n], v) for n, v in released.items()})
+        self.last.update({name: value.detach().clone() for name, value in here.items()})
         return {name: value.clone() for name, value in self.gradient.items()}

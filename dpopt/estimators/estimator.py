@@ -15,14 +15,17 @@ To add an estimator: write one file, and one line in `dpopt.estimators.named`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from accountants import Event
 from clipping import Contribution
 from dpopt.estimators.stage import Stage
 from dpopt.mechanisms.grouped import Allocation
 from dpopt.sampling import Sampling
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Factors = Callable[[int], float]
 """Number of a step -> what the noise multiplier is multiplied by in that step: public, and fixed in advance."""
@@ -51,6 +54,15 @@ class Estimator(Protocol):
         """How the noise multiplier varies from step to step; None: not."""
         ...
 
+    @property
+    def speaks_of_zero(self) -> bool:
+        """Whether an example without a gradient adds something: then zeroing a record is worth replacing it."""
+        ...
+
+    def fresh(self) -> Estimator:
+        """The same numbers, and the state of a run that begins: a run takes one of its own."""
+        ...
+
     def event(self, sampling: Sampling, released: Event) -> Event:
         """What one charge of `sampling` costs, where the release by itself is `released`."""
         ...
@@ -58,6 +70,19 @@ class Estimator(Protocol):
     def stage(self, step: int) -> Stage:
         """The step number `step` of a run, from public state. Changes nothing."""
         ...
+
+
+def sampled(self: object, sampling: Sampling, released: Event) -> Event:
+    """The event of an estimator whose release is one mechanism on one draw: that of the sampler."""
+    return sampling.event(released)
+
+
+Numbers = TypeVar("Numbers", bound="DataclassInstance")
+
+
+def renewed(self: Numbers) -> Numbers:
+    """A copy of a dataclass with the same numbers; state, which `init=False` fields hold, begins anew."""
+    return replace(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +96,11 @@ class Plain:
     """
 
     contribution: Contribution
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     @property
     def guarantee(self) -> str:
@@ -81,20 +111,6 @@ class Plain:
     def setting(self) -> Mapping[str, float | str | None]:
         """Name and public numbers."""
         return {"name": "plain"}
-
-    @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own."""
-        return None
-
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
 
     def stage(self, step: int) -> Stage:
         """The same for every step."""

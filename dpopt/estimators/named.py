@@ -56,15 +56,15 @@ def _schedule(run: Run, *, steps: int, clip_end: float = 1.0, noise_end: float =
     return Scheduled(run.clip_norm, steps, clip_end, noise_end)
 
 
-def _quantile(run: Run, *, target: float = 0.5, rate: float = 0.2, share: float = 0.01) -> Estimator:
+def _quantile(run: Run, *, target: float = 0.5, rate: float = 0.05, share: float = 0.01) -> Estimator:
     return Quantile(run.clip_norm, target, rate, share)
 
 
-def _slack(run: Run, *, target: float = 0.5, rate: float = 0.2) -> Estimator:
+def _slack(run: Run, *, target: float = 0.5, rate: float = 0.05) -> Estimator:
     return Slack(run.clip_norm, target, rate)
 
 
-def _median(run: Run, *, rate: float = 0.5) -> Estimator:
+def _median(run: Run, *, rate: float = 1.0) -> Estimator:
     return Centred(run.clip_norm, rate=rate, name="median")
 
 
@@ -72,17 +72,17 @@ def _huber(run: Run, *, rate: float = 1.0, mu: float = 1.0) -> Estimator:
     return Centred(run.clip_norm, partial(HuberClipper, mu=mu * run.clip_norm), rate, name="huber")
 
 
-def _coordinate_median(run: Run, *, rate: float = 0.5) -> Estimator:
+def _coordinate_median(run: Run, *, rate: float = 1.0) -> Estimator:
     size = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     return Centred(run.clip_norm, rate=rate, coordinates=size, name="coordinate_median")
 
 
-def _geometric_median(run: Run, *, rate: float = 0.5, nu: float = 0.5, rounds: int = 2) -> Estimator:
+def _geometric_median(run: Run, *, rate: float = 1.0, nu: float = 0.5, rounds: int = 2) -> Estimator:
     rule = partial(NormalisedClipper, nu=nu * run.clip_norm)
     return Centred(run.clip_norm, rule, rate, rounds, name="geometric_median")
 
 
-def _two_threshold(run: Run, *, rest: float = 4.0, rate: float = 0.1) -> Estimator:
+def _two_threshold(run: Run, *, rest: float = 2.0, rate: float = 0.1) -> Estimator:
     return TwoThreshold(run.clip_norm, rest * run.clip_norm, rate)
 
 
@@ -94,14 +94,14 @@ def _clip21(run: Run, *, rate: float = 0.1, restart: int | None = None) -> Estim
     return Clip21(run.clip_norm, run.num_records, run.sampling.sampling_rate, rate, restart)
 
 
-def _diff2(run: Run, *, smoothness: float = 1.0, restart: int = 10, ratio: float = 1.0) -> Estimator:
+def _diff2(run: Run, *, smoothness: float = 1.0, restart: int = 10, ratio: float = 3.0) -> Estimator:
     def parameters():
         return {name: p for name, p in run.model.named_parameters() if p.requires_grad}
 
     return Difference(run.clip_norm, parameters, smoothness, restart, ratio)
 
 
-def _dice(run: Run, *, feedback: float = 0.1, bound: float | None = None) -> Estimator:
+def _dice(run: Run, *, feedback: float = 0.02, bound: float | None = None) -> Estimator:
     most = None if bound is None else bound * run.clip_norm
     return Dice(run.clip_norm, feedback * run.clip_norm, most)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from accountants import Accountant, Composed, Event, Repeated
+from accountants import ADD_REMOVE, REPLACE, ZERO_OUT, Accountant, Composed, Event, Repeated, UnpricedEvent
 from dpopt.budget import Budget, affordable
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.releases import mechanism_of
@@ -67,7 +67,23 @@ def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Pr
     def at(charge: int) -> Event:
         return estimator.event(sampling, mechanism_of(estimator, mechanism, charge).event())
 
-    return Prices(at, estimator.factors is None)
+    if estimator.factors is not None:
+        return Prices(at, constant=False)
+    first = at(0)  # a value: what somebody changes in the mechanism later is then noticed
+    return Prices(lambda charge: first, constant=True)
+
+
+def require_priced(estimator: Estimator, relation: str) -> None:
+    """Raise UnpricedEvent where neighbours differ by a record that is emptied, and an emptied one still speaks.
+
+    The prices of `ZERO_OUT` take an emptied record for one that adds nothing. Around a centre it adds a clipped
+    vector, which may be opposite to that of the full record, and a count has it on one of two sides.
+    """
+    if relation == ZERO_OUT and estimator.speaks_of_zero:
+        raise UnpricedEvent(
+            f"expected an estimator to which a record without a gradient adds nothing, under the relation {ZERO_OUT}; got "
+            f"{estimator.setting['name']}, which counts or centres it; use {REPLACE}, or {ADD_REMOVE}"
+        )
 
 
 def priced(estimator: Estimator, sampling: Sampling, charges: int) -> Callable[[float], Event]:

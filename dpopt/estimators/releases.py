@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from clipping import ClippedSum, Contribution, Group
+from clipping.contributions import ROUND
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism, Mechanism
@@ -99,4 +100,4 @@ def _numbered(clipped: ClippedSum, number: int) -> ClippedSum:
 
 
 def _mark(number: int) -> str:
-    return f"{number}>" if number else ""
+    return f"{number}{ROUND}" if number else ""

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from accountants import Event
 from clipping import ClipRule, Contribution, FlatClipper
 from clipping.clippers import check_clip_norm
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage
 from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,10 @@ class Scheduled:
     clip_end: float = 1.0
     noise_end: float = 1.0
     rule: ClipRule = FlatClipper
+    allocation: Allocation | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
@@ -62,18 +64,9 @@ class Scheduled:
         return {"name": "schedule", "clip_norm": self.clip_norm, **held}
 
     @property
-    def allocation(self) -> Allocation | None:
-        """The mechanism's own."""
-        return None
-
-    @property
     def factors(self) -> Factors | None:
         """The noise of each step, over that of the first."""
         return None if self.noise_end == 1 else lambda step: self._at(self.noise_end, step)
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
 
     def stage(self, step: int) -> Stage:
         """One with the clip norm of that step."""

@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from accountants import Event
 from clipping import Contribution, FlatClipper
 from clipping.feedback import RestClipper
-from dpopt.estimators.estimator import Factors
+from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage, Vectors
 from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
 
 _REST = "rest:"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TwoThreshold:
     """Clips at `clip_norm`, what is cut off at `rest`, and averages the second over about 1 / `rate` steps.
 
@@ -44,7 +42,11 @@ class TwoThreshold:
     clip_norm: float
     rest: float
     rate: float = 0.1
-    average: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    average: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    factors: Factors | None = field(default=None, init=False, repr=False)
+    speaks_of_zero: bool = field(default=False, init=False, repr=False)
+    fresh = renewed
+    event = sampled
 
     def __post_init__(self) -> None:
         RestClipper(self.rest, self.clip_norm)
@@ -69,15 +71,6 @@ class TwoThreshold:
         """The split of least variance."""
         return self._shares
 
-    @property
-    def factors(self) -> Factors | None:
-        """The same noise in each step."""
-        return None
-
-    def event(self, sampling: Sampling, released: Event) -> Event:
-        """That of the sampler."""
-        return sampling.event(released)
-
     def stage(self, step: int) -> Stage:
         """One with the average as it is."""
         rest = RestClipper(self.rest, self.clip_norm)
@@ -90,6 +83,6 @@ class TwoThreshold:
     def _finish(self, released: Vectors) -> Vectors:
         rest = {n.removeprefix(_REST): value for n, value in released.items() if n.startswith(_REST)}
         zero = {name: torch.zeros_like(value) for name, value in rest.items()}
-        old = self.average or zero
-        self.average = {name: torch.lerp(old[name], value, self.rate) for name, value in rest.items()}
+        old = {**zero, **self.average}
+        self.average.update({n: torch.lerp(old[n], value, self.rate) for n, value in rest.items()})
         return {name: released[name] + value for name, value in self.average.items()}

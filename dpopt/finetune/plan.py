@@ -15,6 +15,7 @@ from accountants import Gaussian, UnpricedEvent, leaves, read
 from accountants.records import event_of
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.named import Run, named_estimator
+from dpopt.estimators.prices import require_priced
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.corpus import Corpus, load_corpus
 from dpopt.finetune.language_model import Tokens, encode, load, longest, with_adapter
@@ -210,7 +211,9 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: P
 
 def _estimator(config: FinetuneConfig, model: nn.Module, num_records: int, batch_size: int) -> Estimator:
     sampling = sized(config.sampler, num_records=num_records, batch_size=batch_size)
-    return named_estimator(config.estimator, Run(model, config.clip_norm, num_records, sampling))
+    estimator = named_estimator(config.estimator, Run(model, config.clip_norm, num_records, sampling))
+    require_priced(estimator, config.relation)
+    return estimator
 
 
 def _resumed_noise(ledger: Path) -> float:

@@ -46,7 +46,15 @@ from accountants.registry import ACCOUNTANTS
 from accountants.shifted import shifted_delta, shifted_log_moments
 from tests.accountants.conformance import QUICK
 from tests.accountants.mixtures import hockey
-from tests.accountants.transcripts import Pair, dice, hockey_stick, losses, official
+from tests.accountants.transcripts import (
+    Pair,
+    delayed_losses,
+    dice,
+    hockey_stick,
+    losses,
+    official,
+    replaced_losses,
+)
 
 NAMES = sorted(ACCOUNTANTS)
 STEP = HiddenFeedback(0.02, 5.0, 0.1, None)
@@ -308,6 +316,30 @@ def test_several_runs_add_their_energies():
     assert len(found.mu) <= 512
 
 
+def test_a_change_of_rate_does_not_part_an_error():
+    """Steps that differ in their rate only are priced as if they shared one error: as steps of one rate are."""
+    for leaf in (BOUNDED, HiddenFeedback(0.02, 9.0, 0.3, 0.2)):
+        one = mixture(((leaf, 40),), True, False)
+        rates = [leaf.sampling_rate * (1 - i * 1e-9) for i in range(4)]
+        four = mixture(
+            tuple(
+                (HiddenFeedback(q, leaf.noise_multiplier, leaf.feedback, leaf.residual), 10) for q in rates
+            ),
+            True,
+            False,
+        )
+        for epsilon in (0.01, 0.1, 0.5):
+            assert four.delta(epsilon) == pytest.approx(one.delta(epsilon), rel=1e-6)
+
+
+def test_an_unbounded_error_may_come_from_other_steps():
+    """The record takes part in the first step, which tells little; the others feed it back and never draw it."""
+    first, then = HiddenFeedback(1.0, 50.0, 1.0, None), HiddenFeedback(1e-9, 5.0, 1.0, None)
+    found = mixture(((first, 1), (then, 20)), True, False)
+    assert found.delta(0.5) >= gaussian_delta(2 * math.sqrt(20) / 5, 0.5)
+    assert mixture(((then, 20),), True, False).delta(0.5) <= 20e-9 * (1 + 1e-6)
+
+
 def test_long_runs_keep_every_turn():
     for steps, q in ((10**6, 1e-3), (10**9, 1e-7), (3, 1.0), (1, 0.5)):
         found = mixture(((HiddenFeedback(q, 1e4, 1.0, 1.0), steps),), True, False)
@@ -441,6 +473,81 @@ def test_guarantee_hidden_feedback_covers_its_worst_pair(case):
         for values in (there, gone):
             found, margin = hockey_stick(values, epsilon)
             assert found - margin <= curve.delta(epsilon)
+
+
+REPLACED = {
+    "bounded, one turn or many": (8, 0.3, 4.0, 3.0, 1.0),
+    "full batch": (8, 1.0, 0.5, 5.0, HUGE),
+    "unbounded": (6, 0.3, 0.5, 3.0, HUGE),
+    "bounded, small": (10, 0.1, 4.0, 1.5, 0.1),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_guarantee_hidden_feedback_covers_a_replaced_record(case):
+    """Gradients and residuals of opposite signs in D and D', both hidden."""
+    steps, q, feedback, sigma, residual = REPLACED[case]
+    event = Repeated(HiddenFeedback(q, sigma, feedback, None if residual == HUGE else residual), steps)
+    curve = accountant("pld", REPLACE).curve(event)
+    pair = Pair(steps, q, sigma, dice(1.0, feedback, residual))
+    values = replaced_losses(pair, 10_000, np.random.default_rng(4))
+    assert np.exp(-values).mean() == pytest.approx(1, abs=0.15)
+    for epsilon in (0.0, *(curve.epsilon(delta) for delta in (0.3, 0.1, 0.03))):
+        found, margin = hockey_stick(values, epsilon)
+        assert found - margin <= curve.delta(epsilon)
+
+
+def test_replaced_transcripts_agree_with_a_closed_form():
+    """A full batch: Gaussians of distance 2, and 2 + 2c once an error is fed back; one draw: the mirrored pair."""
+    rng = np.random.default_rng(5)
+    for residual, square in ((0.0, 5 * 4), (HUGE, 4 + 4 * 9)):
+        values = replaced_losses(Pair(5, 1.0, 6.0, dice(1.0, 0.5, residual)), 100_000, rng)
+        for epsilon in (0.0, 0.5, 1.0):
+            found, margin = hockey_stick(values, epsilon)
+            assert abs(found - gaussian_delta(math.sqrt(square) / 6, epsilon)) <= margin
+    values = replaced_losses(Pair(1, 0.3, 1.5, dice(1.0, 1.0, 0.0)), 100_000, rng)
+    sampled = accountant("pld", REPLACE).curve(PoissonSampled(0.3, Gaussian(1.5)))
+    for epsilon in (0.0, 0.2, 0.5):
+        found, margin = hockey_stick(values, epsilon)
+        assert abs(found - sampled.delta(epsilon)) <= margin
+
+
+@pytest.mark.parametrize(("s", "q", "r"), [(2.0, 0.05, 4.0), (2.0, 0.01, 8.0), (1.0, 0.1, 3.0)])
+def test_what_a_replaced_record_fed_back_tells_its_coins(s, q, r):
+    """A replaced gradient is not the sampled pair while D's record is fed back on both sides; the three legs hold."""
+    pair, steps, runs = Pair(10, q, s, dice(1.0, r, r)), 10, 100_000
+    curve = accountant("pld", REPLACE).curve(Repeated(HiddenFeedback(q, s, r, r), steps))
+    amplified = accountant("pld", REPLACE).curve(Repeated(PoissonSampled(q, Gaussian(s)), steps))
+    rng = np.random.default_rng(6)
+    told = delayed_losses(pair, (r, r), runs, rng)
+    untold = delayed_losses(pair, (0.0, 0.0), runs, rng)
+    whole = delayed_losses(pair, (r, -r), runs, rng)
+    for epsilon in (0.5, 1.0):
+        found, margin = hockey_stick(told, epsilon)
+        assert found - margin > 1.2 * amplified.delta(epsilon)
+        for values, law in ((untold, amplified), (whole, curve)):
+            found, margin = hockey_stick(values, epsilon)
+            assert found - margin <= law.delta(epsilon)
+
+
+def three_legs(curve, epsilon):
+    """The chain of a replaced record on a grid of splits, as the module docstring states it."""
+    fed = mixture(curve.runs, False, False)
+    shares = np.linspace(0, 1, 101)
+    found = []
+    for one, two in zip(epsilon * shares, epsilon * (1 - shares) / 2, strict=True):
+        d1, d2 = curve.amplified.delta(one), fed.delta(two)
+        found.append(d2 + math.exp(two) * d1 + math.exp(one + two) * d2)
+    return min(found)
+
+
+def test_a_replaced_record_goes_by_three_legs():
+    curve = accountant("pld", REPLACE).curve(Repeated(HiddenFeedback(0.02, 5.0, 10.0, 0.1), 100))
+    bound = curve.bound(1e-5)
+    assert bound.method == "hidden feedback, bounded residual"
+    for epsilon in (0.5 * bound.epsilon, bound.epsilon):
+        assert curve.delta(epsilon) == pytest.approx(three_legs(curve, epsilon), rel=0.1)
+    assert curve.delta(bound.epsilon) == pytest.approx(1e-5, rel=0.1)
 
 
 def test_guarantee_the_bound_is_near_its_worst_pair():

@@ -7,13 +7,15 @@ plus noise, the next state its second value. The state of D goes on with coin 0,
 filtered exactly, over all values that it can have. N runs, S states.
 
 - `Pair` says which mechanism, `losses` draws N transcripts under D' or D and returns log dP'/dP of each, shape (N,);
+- `replaced_losses` does so where D has a record too, of the other sign: both states are hidden and filtered;
+- `delayed_losses` where each step has a coordinate of its own, and another in which its residual is fed back;
 - `hockey_stick` turns losses into delta at an epsilon, with a standard error and a bound that holds with confidence;
 - `dice` and `official` are transitions: error feedback as stated, and as the official code retains it.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,6 +108,58 @@ def losses(pair, runs, *, present, rng):
         total += np.log(factor)
         weights, truth, outputs[:, t] = next_weights / factor[:, None], next_truth, seen - base
     return total
+
+
+def _drawn(pair, runs, sign, rng):
+    """Outputs, shape (N, steps), where the record has the sign `sign` throughout."""
+    state, outputs = np.full(runs, pair.start), np.zeros((runs, pair.steps))
+    for t in range(pair.steps):
+        coins = (rng.random(runs) < pair.rate).astype(float)
+        mean, state = pair.transition(state, coins, sign)
+        outputs[:, t] = mean + rng.normal(0, pair.sigma, runs)
+    return outputs
+
+
+def _log_likelihood(pair, levels, outputs, sign):
+    """The log density of whole transcripts, up to a constant, shape (N,)."""
+    total, weights = np.zeros(len(outputs)), np.zeros((len(outputs), len(levels[0])))
+    weights[:, np.searchsorted(levels[0], pair.start)] = 1.0
+    for t in range(pair.steps):
+        after = np.zeros((len(outputs), len(levels[t + 1])))
+        for coin, chance in ((0.0, 1 - pair.rate), (1.0, pair.rate)):
+            mean, places = _move(pair, levels[t], levels[t + 1], coin, sign)
+            joint = chance * weights * np.exp(-((outputs[:, t, None] - mean) ** 2) / 2 / pair.sigma**2)
+            np.add.at(after, (np.arange(len(outputs))[:, None], places[None, :]), joint)
+        factor = after.sum(axis=1)
+        total += np.log(factor)
+        weights = after / factor[:, None]
+    return total
+
+
+def replaced_losses(pair, runs, rng):
+    """Log dP'/dP of `runs` transcripts under D', whose record has the sign 1 where that of D has -1."""
+    levels = reachable(replace(pair, sign=lambda t, outputs: None))
+    outputs = _drawn(pair, runs, 1.0, rng)
+    there, here = (_log_likelihood(pair, levels, outputs, sign) for sign in (1.0, -1.0))
+    return there - here
+
+
+def delayed_losses(pair, residuals, runs, rng):
+    """As `replaced_losses`: gradients 1 and -1, residuals (of D', of D) each fed back whole in the step that follows.
+
+    Every coin speaks in two coordinates only, its gradient's and its residual's, so that the ratio is a product. The
+    last residual is never fed back. The transition is not used.
+    """
+    coins = rng.random((runs, pair.steps)) < pair.rate
+    seen = coins + rng.normal(0, pair.sigma, coins.shape)
+    fed = residuals[0] * coins + rng.normal(0, pair.sigma, coins.shape)
+    heard = np.arange(pair.steps) < pair.steps - 1
+
+    def ratio(sign, residual):
+        near = (seen - sign / 2) * sign + heard * (fed - residual / 2) * residual
+        return np.log(1 - pair.rate + pair.rate * np.exp(near / pair.sigma**2))
+
+    return (ratio(1.0, residuals[0]) - ratio(-1.0, residuals[1])).sum(axis=1)
 
 
 def hockey_stick(values, epsilon):
