@@ -36,11 +36,11 @@ from dpopt.watch import Watch
 class PrivateTraining:
     """A training run whose every released gradient is clipped, charged, noised, and only then written.
 
-    `clipper` or an `estimator` (`dpopt.estimators`; the run takes a fresh one of its numbers), `mechanism` and `sampling` (see `dpopt.sampling`) fix what one step
-    releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`, printed). `relation`
-    says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is. A run that continues
-    a ledger is refused under another configuration than that of the last, unless `new_configuration` says that it is
-    meant.
+    `clipper` or an `estimator` (`dpopt.estimators`; the run takes a fresh one of its numbers), `mechanism` and `sampling`
+    fix what one step releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`,
+    printed). `relation` says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is.
+    A run that continues a ledger is refused under another configuration than that of the last, unless
+    `new_configuration` says that it is meant.
     `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided

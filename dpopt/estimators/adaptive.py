@@ -128,7 +128,7 @@ class Quantile:
 
     clip_norm: float
     target: float = 0.5
-    rate: float = 0.2
+    rate: float = 0.05
     share: float = 0.01
     most: float = math.inf
     level: Level = field(init=False, compare=False)
@@ -198,7 +198,7 @@ class Slack:
 
     clip_norm: float
     target: float = 0.5
-    rate: float = 0.2
+    rate: float = 0.05
     edges: tuple[float, ...] = (0.4, 0.7)
     most: float = math.inf
     level: Level = field(init=False, compare=False)
@@ -248,5 +248,5 @@ def _check(target: float, rate: float, most: float) -> None:
     if not (0 < target < 1 and 0 < rate < math.inf and most > 0):
         raise ValueError(
             f"expected 0 < target < 1, a finite rate > 0 and most > 0; got {target}, {rate} and {most}; 0.5 follows the "
-            "median, by e^0.2 a step at most"
+            "median, and 0.05 is a usual rate"
         )

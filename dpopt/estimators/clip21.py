@@ -32,7 +32,8 @@ class Clip21:
     """Clips each record's gradient around what it has sent before, and moves both by `rate`.
 
     `num_records` and `sampling_rate` are public and those of the run. `accumulate` must be told which record each
-    row is, and each keeps its place in the dataset for the whole run. Every `restart` steps (None: never) the gradient and all memories begin at 0 again.
+    row is, and each keeps its place in the dataset for the whole run: do not shuffle the list. Every `restart` steps
+    (None: never) the gradient and all memories begin at 0 again.
 
     Guarantees
     ----------

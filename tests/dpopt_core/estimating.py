@@ -216,10 +216,12 @@ class Differences:
         self.last = self.gradient = None
 
     def step(self, t, rows, records, again, here=None):
-        if t % self.restart == 0:
+        bound = self.clip_norm
+        if t % self.restart:
+            bound = self.smoothness * max(1e-4, (here - self.last).norm().item())
+        if bound >= self.clip_norm:
             found = clip(rows, self.clip_norm).sum(0) / self.divisor
         else:
-            bound = self.smoothness * max(1e-4, (here - self.last).norm().item())
             found = self.gradient + clip(rows - again(self.last), bound).nan_to_num(0).sum(0) / self.divisor
         self.gradient, self.last = found, here.clone()
         return found
@@ -275,14 +277,16 @@ def references(model, clip_norm, num, rate):
         "schedule:steps=4,clip_end=0.25": (Schedule(c, divisor, 4, 0.25), 1e-9),
         "quantile:rate=0.9": (Following(c, divisor, rate=0.9), 1e-9),
         "slack:rate=0.9": (Following(c, divisor, rate=0.9, edge=0.7), 1e-5),
-        "median": (Momentum(divisor, lambda rows: clip(rows, c), 0.5), 1e-9),
-        "huber:mu=2": (Momentum(divisor, huber(c, 2 * c), 1.0), 1e-9),
-        "coordinate_median": (Momentum(divisor, coordinates(c, size), 0.5), 1e-9),
-        "geometric_median:rounds=3": (Momentum(divisor, normalised(c, 0.5 * c), 0.5, 3), 1e-9),
-        "two_threshold:rest=1.5": (Twice(c, divisor, 1.5 * c, 0.1), 1e-9),
+        "median:rate=0.5": (Momentum(divisor, lambda rows: clip(rows, c), 0.5), 1e-9),
+        "huber:rate=1,mu=2": (Momentum(divisor, huber(c, 2 * c), 1.0), 1e-9),
+        "coordinate_median:rate=0.5": (Momentum(divisor, coordinates(c, size), 0.5), 1e-9),
+        "geometric_median:rate=0.5,rounds=3": (Momentum(divisor, normalised(c, 0.5 * c), 0.5, 3), 1e-9),
+        "two_threshold:rest=1.5,rate=0.1": (Twice(c, divisor, 1.5 * c, 0.1), 1e-9),
         # the memory is kept in float32, and what is clipped to shrinks by 1e-5 in hidden feedback
         "clip21:rate=0.7,restart=3": (Remembering(c, num, 0.7, 3), 1e-6),
         "diff2:smoothness=0.3,restart=3": (Differences(c, divisor, 0.3, 3), 1e-9),
+        # some steps are so long that a whole gradient is shorter than the difference may be
+        "diff2:smoothness=4,restart=9": (Differences(c, divisor, 4.0, 9), 1e-9),
         "dice:feedback=1": (Fed(c, divisor, c), 3e-5),
         "dice:feedback=1,bound=1.5": (Fed(c, divisor, c, 1.5 * c), 3e-5),
     }

@@ -162,7 +162,11 @@ def test_guarantee_each_step_is_charged_with_its_own_noise(which, noise_end):
     with opened(model, estimator, rate=NOBODY, noise=Z, sampling=PoissonSampling(NOBODY, 10.0)) as private:
         stds = []
         for _ in private.batches([], steps=steps):
-            before = 0.0 if which == "schedule" or len(stds) in (0, 3) else estimator.gradient["layer.weight"]
+            before = (
+                0.0
+                if which == "schedule" or len(stds) in (0, 3)
+                else private.estimator.gradient["layer.weight"]
+            )
             private.release()
             stds.append((model.layer.weight.grad - before).std().item() * 10.0)
         charged = private.ledger.events()
@@ -176,14 +180,16 @@ def test_guarantee_each_step_is_charged_with_its_own_noise(which, noise_end):
         )  # 10,000 numbers: within 0.7% one time in three
 
 
-@pytest.mark.parametrize("text", ["flat", "median", "huber", "coordinate_median", "slack", "dice"])
+@pytest.mark.parametrize(
+    "text",
+    ["flat", "median:rate=0.5", "huber:rate=1", "coordinate_median:rate=1", "slack", "dice:feedback=0.02"],
+)
 def test_the_noise_is_that_of_the_charge(text):
     model = Wide()
     with opened(model, text, noise=Z, sampling=PoissonSampling(NOBODY, 10.0), clip=C) as private:
         (std,) = stds_of(private, model, 1, 10.0)
-    rate = 0.5 if text in ("median", "coordinate_median") else 1.0
-    sensitivity = C * 1.2 if text == "dice" else C
-    assert std == pytest.approx(rate * Z * sensitivity, rel=0.04)
+    sensitivity = C * 1.04 if text.startswith("dice") else C
+    assert std == pytest.approx(Z * sensitivity * (0.5 if "0.5" in text else 1.0), rel=0.04)
 
 
 # -- sums that share a release -----------------------------------------------------------------------------------
@@ -276,7 +282,7 @@ def test_guarantee_a_public_centre_costs_nothing(centre, gradient, clamped):
     """Added or removed an example moves the sum by clip_norm at most, replaced by twice that, wherever the centre is."""
     estimator = Centred(C, coordinates=2 if clamped else None)
     centre, gradient = (torch.tensor(x, dtype=torch.float64) for x in (centre, gradient))
-    estimator.centre = {"w": centre}
+    estimator.centre["w"] = centre
     contribution = estimator.stage(1).contribution
     others = torch.stack((centre + 1, -centre))
     without = total_of(contribution, others)
@@ -326,6 +332,25 @@ def test_guarantee_differences_cost_exactly_rho(steps, restart, ratio, noise):
     if steps % restart == 0:  # as in the docstring
         rounds = steps / restart
         assert rho == pytest.approx(rounds / (2 * noise**2) + (steps - rounds) / (2 * (noise * ratio) ** 2))
+
+
+def test_a_long_step_takes_a_whole_gradient_at_the_noise_of_its_own_charge():
+    """smoothness |x - x'| >= clip_norm: the difference is given up, its place in the schedule is not."""
+    model = Wide()
+    estimator = Difference(C, lambda: dict(model.named_parameters()), 2.0, restart=3, ratio=3.0)
+    clip_norms, stds = [], []
+    with opened(model, estimator, noise=Z, sampling=PoissonSampling(NOBODY, 10.0)) as private:
+        for step, _ in enumerate(private.batches([], steps=5)):
+            stage = private.estimator.stage(step)
+            assert (stage.previous is None) is (step != 4)
+            clip_norms.append(stage.contribution.clipper.clip_norm)
+            before = private.estimator.gradient["layer.weight"].clone() if step == 4 else 0.0
+            private.release()
+            stds.append((model.layer.weight.grad - before).std().item() * 10.0 / clip_norms[-1])
+            with torch.no_grad():  # by 1, 0.25, and a hair less: C / smoothness is 0.25
+                model.layer.weight += [1.0, 0.2500001, 0.0, 0.2499, 0.0][step] / 100
+    assert clip_norms[:4] == [C] * 4 and clip_norms[4] == pytest.approx(0.4998, rel=1e-6)
+    assert stds == pytest.approx([Z, 3 * Z, 3 * Z, Z, 3 * Z], rel=0.04)
 
 
 # -- hidden state of single records -----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ MEANS = {
     "quantile": lambda _: Quantile(HUGE, rate=1e-9),
     "schedule": lambda _: Scheduled(HUGE, 10, clip_end=0.1),
     "differences": lambda model: Difference(
-        HUGE, lambda: dict(model.named_parameters()), 100 * HUGE, restart=3
+        HUGE, lambda: dict(model.named_parameters()), HUGE / 100, restart=3
     ),
     "flat": lambda _: Centred(HUGE, rounds=3, tracked=False),
 }
@@ -143,7 +143,7 @@ class Linear(nn.Module):
 
 
 def run_fixed(points, estimator, steps=1, factor=0.0):
-    """The model after `steps` on fixed gradients `points` (B, P); with a `factor` it adds factor * w to each."""
+    """The run after each of `steps` on fixed gradients `points` (B, P); with a `factor` it adds factor * w to each."""
     points = torch.as_tensor(points, dtype=torch.float64)
     model = Linear(points.shape[1])
     made = estimator(model) if callable(estimator) else estimator
@@ -156,7 +156,7 @@ def run_fixed(points, estimator, steps=1, factor=0.0):
 
             collect(private, model, losses, batch)
             private.release()
-            yield model
+            yield private
 
 
 @pytest.mark.parametrize("how", ["rounds", "steps"])
@@ -170,8 +170,8 @@ def test_normalised_rounds_end_at_the_geometric_median(how):
     ).x
     rounds, steps = (600, 1) if how == "rounds" else (1, 600)
     estimator = Centred(0.5, partial(NormalisedClipper, nu=1e-6), rounds=rounds)
-    for model in run_fixed(points, estimator, steps):
-        last = gradient_of(model)
+    for private in run_fixed(points, estimator, steps):
+        last = gradient_of(private.model)
     np.testing.assert_allclose(last.numpy(), found, atol=1e-5)
     assert np.linalg.norm(points.mean(0) - found) > 0.1
 
@@ -184,7 +184,8 @@ def test_differences_of_quadratic_losses_are_exact(restart):
     def made(model):
         return Difference(HUGE, lambda: dict(model.named_parameters()), 2.0001, restart)
 
-    for model in run_fixed(points, made, 12, factor=2.0):
+    for private in run_fixed(points, made, 12, factor=2.0):
+        model = private.model
         whole = points.mean(0) + 2.0 * flat(model.parameters())
         torch.testing.assert_close(gradient_of(model), whole, rtol=1e-7, atol=1e-9)
         torch.optim.SGD(model.parameters(), lr=0.2).step()
@@ -197,7 +198,7 @@ def test_differences_below_the_smoothness_are_clipped():
         return Difference(HUGE, lambda: dict(model.named_parameters()), 1.0, restart=100)
 
     run = run_fixed(points, made, 2, factor=2.0)
-    model = next(run)
+    model = next(run).model
     first, before = gradient_of(model), flat(model.parameters())
     torch.optim.SGD(model.parameters(), lr=0.2).step()
     step = flat(model.parameters()) - before
@@ -214,9 +215,8 @@ def test_the_clip_norm_ends_at_the_quantile(kind, target):
     estimator = (
         Quantile(10.0, target, 0.3) if kind == "quantile" else Slack(10.0, target, 0.3, edges=(0.5, 0.8))
     )
-    for _ in run_fixed(points, estimator, 120):
-        pass
-    reached = estimator.clip_norm * (1.0 if kind == "quantile" else 0.8)
+    *_, private = run_fixed(points, estimator, 120)
+    reached = private.estimator.level.clip_norm * (1.0 if kind == "quantile" else 0.8)
     at = int(target * 200)
     assert norms[at - 3] <= reached <= norms[at + 3]
 
@@ -225,21 +225,23 @@ def test_the_fractions_are_those_of_the_norms():
     norms = np.exp(np.random.default_rng(2).standard_normal(50))
     points = np.stack((0.6 * norms, 0.8 * norms), axis=1)
     estimator = Slack(1.0, 0.5, 0.2, edges=(0.3, 0.5, 0.9))
-    for _ in range(3):
-        clip_norm = estimator.clip_norm
-        for _ in run_fixed(points, estimator):
-            pass
+    clip_norm, seen = 1.0, []
+    for private in run_fixed(points, estimator, 3):
         expected = [np.mean(norms <= edge * clip_norm) for edge in estimator.edges]
-        assert estimator.fractions == pytest.approx(expected, abs=1e-4)
+        level = private.estimator.level
+        assert level.fractions == pytest.approx(expected, abs=1e-4)
+        assert level.clip_norm == pytest.approx(clip_norm * math.exp(-0.2 * (expected[-1] - 0.5)), rel=1e-4)
+        clip_norm = level.clip_norm
+        seen.append(clip_norm)
+    assert len({1.0, *seen}) == 4
 
 
 def test_a_clip_norm_stays_below_its_most():
     points = np.full((4, 2), 100.0)
     for kind in (Quantile, Slack):
         estimator = kind(1.0, rate=2.0, most=3.0)
-        for _ in run_fixed(points, estimator, 5):
-            pass
-        assert estimator.clip_norm == 3.0
+        *_, private = run_fixed(points, estimator, 5)
+        assert private.estimator.level.clip_norm == 3.0 and estimator.level.clip_norm == 1.0
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------

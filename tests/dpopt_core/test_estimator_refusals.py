@@ -5,7 +5,6 @@ A trace is any change of an estimator's attributes: centres, averages, clip norm
 """
 
 import copy
-import re
 
 import pytest
 import torch
@@ -66,6 +65,8 @@ def remembered(estimator):
             value = value._rows
         elif name == "state":
             value = value._state
+        elif name == "level":
+            value = copy.copy(value)
         elif name == "contribution":
             continue
         held[name] = {k: v.clone() for k, v in value.items()} if isinstance(value, dict) else value
@@ -205,16 +206,15 @@ def test_a_run_that_ends_before_a_release_leaves_no_trace(text):
     estimator = named(text, model)
     with opened(model, estimator) as private:
         leave_in_the_middle(private, model, 2)
-        after = remembered(estimator)
-    assert_same_memory(after, remembered(estimator))
+        after = remembered(private.estimator)
+    assert_same_memory(after, remembered(private.estimator))
     other = mlp()
-    same = named(text, other)
-    with opened(other, same) as private:
+    with opened(other, named(text, other)) as private:
         for step, batch in enumerate(private.batches(vectors(N), steps=2)):
             assert step < 2
             collect(private, other, losses_of, batch)
             private.release()
-    assert_same_memory(remembered(same), after)
+    assert_same_memory(remembered(private.estimator), after)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -237,13 +237,13 @@ def test_a_release_that_fails_after_its_charge_leaves_no_trace(text, at, monkeyp
     with opened(model, estimator) as private:
         for step, batch in enumerate(private.batches(vectors(N), steps=5)):
             collect(private, model, losses_of, batch, 5)
-            before = remembered(estimator)
+            before = remembered(private.estimator)
             if step == at:
                 fails.append(True)
                 with pytest.raises(torch.OutOfMemoryError):
                     private.release()
                 fails.clear()
-                assert_same_memory(before, remembered(estimator))
+                assert_same_memory(before, remembered(private.estimator))
             else:
                 private.release()
                 released += 1
@@ -255,11 +255,11 @@ def test_a_release_that_fails_after_its_charge_leaves_no_trace(text, at, monkeyp
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_stage_changes_nothing(text):
     model = mlp()
-    estimator = named(text, model)
-    with opened(model, estimator) as private:
+    with opened(model, named(text, model)) as private:
         for batch in private.batches(vectors(N), steps=2):
             collect(private, model, losses_of, batch)
             private.release()
+    estimator = private.estimator
     before = remembered(estimator)
     for step in (0, 1, 2, 10):
         estimator.stage(step)
@@ -316,22 +316,6 @@ def test_differences_name_evaluate_in_the_familiar_door():
     engine.detach()
 
 
-def test_differences_with_padding_say_what_is_wrong():
-    """Either rows outside `keep` add nothing, as everywhere, or they are refused in words that name them."""
-    model = mlp()
-    with opened(model, "diff2", rate=0.5) as private:
-        for batch in private.batches(vectors(N), steps=3):
-            rows, keep = batch.padded(N, vectors(1)[0])
-            try:
-                private.evaluate(lambda r=rows: losses_of(model, r), keep=keep)
-            except (ValueError, RuntimeError) as error:
-                assert re.search("keep|padding|padded", str(error))
-                private.discard()
-                collect(private, model, losses_of, batch)
-            private.release()
-            torch.optim.SGD(model.parameters(), lr=0.2).step()
-
-
 @pytest.mark.parametrize("records", [None, (0, 1, 2), (0, 0, 1, 2, 3, 4, 5, 6)], ids=["none", "few", "twice"])
 def test_a_memory_must_know_its_records(records):
     model = mlp()
@@ -385,10 +369,13 @@ def test_a_memory_refuses_merged_backwards():
 def test_a_memory_that_is_too_small_is_refused():
     model = mlp()
     with opened(model, Clip21(C, N - 1, 1.0)) as private:
-        for batch in private.batches(vectors(N), steps=1):
-            with pytest.raises(ValueError, match=f"records from 0 to {N - 2}"):
-                private.accumulate(losses_of(model, batch.examples), records=batch.indices)
-            private.release()
+        with pytest.raises(ValueError, match=f"the one dataset of {N - 1} records .* got another one"):
+            next(private.batches(vectors(N), steps=1))
+        draw = private.draw(N)
+        private.begin(draw.number, len(draw.indices), draw.indices)
+        with pytest.raises(ValueError, match=f"records from 0 to {N - 2}"):
+            private.accumulate(losses_of(model, vectors(N)), records=draw.indices)
+        private.release()
 
 
 def test_a_plain_backward_without_records_is_refused_in_the_familiar_door():
@@ -458,7 +445,8 @@ def test_under_replacement_hidden_feedback_and_memories_cost_more():
         costs = []
         for relation in ("add-or-remove-one", "replace-one"):
             with train(made(), sampling, relation=relation) as private:
-                for _ in private.batches([], steps=2):
+                for batch in private.batches(vectors(N), steps=2):
+                    collect(private, private.model, losses_of, batch)
                     private.release()
                 costs.append(private.epsilon(1e-5))
         assert costs[0] < costs[1]

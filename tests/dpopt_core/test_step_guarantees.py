@@ -14,9 +14,9 @@ from doors import NOBODY, assert_gradients, clipped_mean, examples, explicit, fa
 
 from accountants import Gaussian, PoissonSampled, Repeated, accountant, charged, read
 from dpopt import Budget, BudgetExhausted, GaussianMechanism, GroupClipper, normals, per_layer
+from dpopt.gradients import write_gradients
 from dpopt.mechanisms.gaussian import add_normal
 from dpopt.randomness import insecure_key
-from dpopt.gradients import write_gradients
 from dpopt.tiers import FastTier
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from accountants import HiddenFeedback, PoissonSampled, accountant, charged, leaves, read
+from accountants import HiddenFeedback, PoissonSampled, UnpricedEvent, accountant, charged, leaves, read
 from dpopt.finetune import InputError, finetune
 
 pytestmark = pytest.mark.filterwarnings(
@@ -52,3 +52,14 @@ def test_a_run_says_which_estimator_made_it_and_what_that_costs(config, estimato
 def test_what_no_estimator_is_called_is_refused_before_the_run(config, estimator, match) -> None:
     with pytest.raises((InputError, ValueError), match=match):
         finetune(config(estimator=estimator, steps=2))
+
+
+@pytest.mark.parametrize("estimator", ["median", "quantile", "slack"])
+def test_a_record_that_speaks_empty_has_no_price_under_zero_out(config, estimator) -> None:
+    with pytest.raises((InputError, UnpricedEvent), match="a record without a gradient adds nothing"):
+        finetune(config(estimator=estimator, sampler="fixed-size", relation="zero-out-one", steps=2))
+
+
+def test_a_record_that_is_silent_when_empty_has_one(config) -> None:
+    made = config(estimator="two_threshold", sampler="fixed-size", relation="zero-out-one", steps=2)
+    assert json.loads((finetune(made).out / "report.json").read_text())["ledger_charges"] == 2
