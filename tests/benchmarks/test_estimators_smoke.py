@@ -71,7 +71,7 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_feedback_is_charged_more_than_plain_clipping():
     plan = PLANS["heavy_tails"]
-    assert noise_for("dice", plan, 2.0) > 1.5 * noise_for("flat", plan, 2.0)
+    assert noise_for("dice:feedback=0.1", plan, 2.0) > 1.5 * noise_for("flat", plan, 2.0)
 
 
 def test_a_run_repeats_and_an_interrupted_file_goes_on(tmp_path):
