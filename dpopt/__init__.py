@@ -21,21 +21,38 @@ from clipping import (
 from dpopt.budget import Budget
 from dpopt.engine import PrivacyEngine
 from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
+from dpopt.estimators import (
+    Centred,
+    Clip21,
+    Dice,
+    Difference,
+    Quantile,
+    Scheduled,
+    Slack,
+    TwoThreshold,
+)
 from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
+from dpopt.optimizers import AdamBC, Averaged, noise_std_of
 from dpopt.sampling import Batch, FixedSizeSampling, PoissonSampling, TruncatedPoissonSampling, poisson
 from dpopt.training import PrivateTraining
 from dpopt.users import Users, UserSampling
 
 __all__ = [
+    "AdamBC",
     "AutomaticClipper",
+    "Averaged",
     "BallsInBins",
     "Batch",
     "BatchMemoryManager",
     "Budget",
     "BudgetExhausted",
+    "Centred",
+    "Clip21",
     "CyclicSampling",
+    "Dice",
+    "Difference",
     "FixedSizeSampling",
     "FlatClipper",
     "GaussianMechanism",
@@ -46,8 +63,12 @@ __all__ = [
     "PoissonSampling",
     "PrivacyEngine",
     "PrivateTraining",
+    "Quantile",
+    "Scheduled",
     "ShuffledSampling",
+    "Slack",
     "TruncatedPoissonSampling",
+    "TwoThreshold",
     "UnrecordedParameter",
     "UserSampling",
     "Users",
@@ -56,6 +77,7 @@ __all__ = [
     "epsilon",
     "examine",
     "noise_multiplier",
+    "noise_std_of",
     "per_adapter",
     "per_block",
     "per_layer",
