@@ -13,8 +13,8 @@
 | coordinate_median | each coordinate around a tracked centre | rate |
 | geometric_median | normalised differences, several rounds on one batch | rate, nu, rounds |
 | two_threshold | what is cut off is clipped again and averaged | rest, rate |
-| clip21 | what is new in each record's gradient (explicit door) | rate, restart |
-| diff2 | differences of gradients between restarts | smoothness, restart, ratio |
+| clip21 | what is new in each record's gradient; `evaluate(..., records=)` | rate, restart |
+| diff2 | differences of gradients between restarts; `evaluate` | smoothness, restart, ratio |
 | dice | hidden error feedback, charged without amplification: experimental | feedback, bound |
 
 Thresholds among the numbers (rest, mu, nu, feedback, bound) are in clip norms. To add one: its file, and a line here.
