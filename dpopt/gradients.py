@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -15,8 +16,10 @@ def write_gradients(parameters: dict[str, nn.Parameter], released: Mapping[str, 
         for name, parameter in parameters.items():
             parameter.grad = written[name]
     except BaseException:
-        # Half of this step and half of an older one are no gradient.
-        clear_gradients(parameters.values())
+        # Half of this step and half of an older one are no gradient. Another signal may come while they are cleared.
+        while any(parameter.grad is not None for parameter in parameters.values()):
+            with suppress(KeyboardInterrupt):
+                clear_gradients(parameters.values())
         raise
 
 
