@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from clipping.clipped import Group
+from clipping.clipped import Group, sum_groups
 from clipping.clippers import Clipper
 from clipping.grads import SampleGrads
 
@@ -114,9 +114,10 @@ class Contribution:
         found = []
         for prefix, clipper in self.clippers.items():
             if prefix not in self.hidden:
-                for row, (names, bound) in enumerate(zip(groups, clipper.clip_norms, strict=True)):
+                named = tuple(tuple(prefix + name for name in names) for names in groups)
+                for row, group in enumerate(sum_groups(clipper, named)):
                     within = () if prefix else self._within(row)
-                    found.append(Group((*(prefix + name for name in names), *within), bound))
+                    found.append(Group((*group.names, *within), group.sensitivity))
         apart = ((name, c.sensitivity) for name, c in self.counts.items())
         return (*found, *(Group((name,), bound) for name, bound in apart if bound is not None))
 

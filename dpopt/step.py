@@ -105,7 +105,11 @@ class StepSum:
     def bounds_and_sizes(self) -> tuple[list[float], list[int]]:
         """The sensitivity of each group of released vectors, and how many numbers it holds."""
         groups = self.groups(self.contribution)
-        return [g.sensitivity for g in groups], [sum(self._zero(n).numel() for n in g.names) for g in groups]
+        return [g.sensitivity for g in groups], [sum(map(self._size, g.names)) for g in groups]
+
+    def _size(self, name: str) -> int:
+        count = self.contribution.counts.get(name)
+        return self._parameter(name).numel() if count is None else count.size
 
     def begin(self, num_drawn: int, stage: Stage | None = None, records: Iterable[int] | None = None) -> None:
         """Start a step on a batch of `num_drawn` examples: `records`, where an estimator asks which they are.

@@ -82,7 +82,7 @@ class TwoThreshold:
 
     def _finish(self, released: Vectors) -> Vectors:
         rest = {n.removeprefix(_REST): value for n, value in released.items() if n.startswith(_REST)}
-        zero = {name: torch.zeros_like(value) for name, value in rest.items()}
-        old = {**zero, **self.average}
-        self.average.update({n: torch.lerp(old[n], value, self.rate) for n, value in rest.items()})
+        if not self.average:
+            self.average.update({name: torch.zeros_like(value) for name, value in rest.items()})
+        self.average.update({n: torch.lerp(self.average[n], value, self.rate) for n, value in rest.items()})
         return {name: released[name] + value for name, value in self.average.items()}
