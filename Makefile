@@ -17,6 +17,7 @@ check: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)  ## private against non-private step, peers beside it (slow)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.step
 
 $(STAMP): pyproject.toml constraints.txt

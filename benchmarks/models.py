@@ -9,6 +9,7 @@ Shapes: B examples, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ LEARNING_RATE = 1e-4
 class Task:
     """A model, its batch (keyword arguments, or one tensor under "x"), labels, and losses (B,) of an output.
 
-    `expanded` are inputs to add for a library that cannot run broadcast position ids.
+    `expanded` are inputs to add for a library that cannot run broadcast position ids. `autocast` is the dtype in which
+    the forward runs its products; None: that of the weights.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Task:
     labels: Tensor
     losses: Callable[[object, Tensor], Tensor]
     expanded: dict[str, Tensor] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
 
     @property
     def batch_size(self) -> int:
@@ -41,9 +44,20 @@ class Task:
 
     def forward(self, model: nn.Module, *, expand: bool = False) -> object:
         """The output of `model`, this task's model or a wrapper of it."""
-        if "x" in self.inputs:
-            return model(self.inputs["x"])
-        return model(**self.inputs, **(self.expanded if expand else {}))
+        device = self.labels.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            if "x" in self.inputs:
+                return model(self.inputs["x"])
+            return model(**self.inputs, **(self.expanded if expand else {}))
+
+    def on(self, device: str, autocast: torch.dtype | None = None) -> Task:
+        """The same task with model and batch on `device`, its forward under autocast to `autocast`."""
+        moved = ({name: x.to(device) for name, x in some.items()} for some in (self.inputs, self.expanded))
+        inputs, expanded = moved
+        return replace(
+            self, model=self.model.to(device), inputs=inputs, labels=self.labels.to(device), expanded=expanded,
+            autocast=autocast,
+        )  # fmt: skip
 
 
 def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:

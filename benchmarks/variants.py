@@ -192,6 +192,42 @@ def fast_dp(task: Task) -> Iterator[Step]:
         engine.detach()
 
 
+@contextmanager
+def opake(task: Task) -> Iterator[Step]:
+    """Opake: per-example gradients by vmap, flat clipping, Gaussian noise; its functional interface, AdamW of torch."""
+    from opake.dpsgd import clipped_grad, gaussian_noise  # pyright: ignore[reportMissingImports]
+    from opake.functional import make_functional  # pyright: ignore[reportMissingImports]
+    from opake.random import key  # pyright: ignore[reportMissingImports]
+
+    optimizer = optimizer_for(task.model)
+    call, _, frozen = make_functional(task.model, partition_trainable=True)
+    trainable = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    names = list(task.inputs)
+
+    def loss(values: dict[str, Tensor], label: Tensor, *inputs: Tensor) -> Tensor:
+        rows = dict(zip(names, (x.unsqueeze(0) for x in inputs), strict=True))
+        every = {**frozen, **values}
+        output = call(every, rows["x"]) if "x" in rows else call(every, **rows)
+        return task.losses(output, label.unsqueeze(0))[0]
+
+    gradient, clipping = clipped_grad(
+        loss, argnums=0, batch_argnums=tuple(range(1, 2 + len(names))), clipping_norm=CLIP_NORM
+    )
+    noise, state = gaussian_noise(noise_multiplier=NOISE_MULTIPLIER, key=key(0))
+
+    def step() -> None:
+        nonlocal clipping, state
+        values = {name: p.detach() for name, p in trainable.items()}
+        clipped, clipping = gradient(values, task.labels, *task.inputs.values(), state=clipping)
+        noisy, state = noise(clipped, state)
+        for name, value in noisy.pytree.items():
+            trainable[name].grad = value / task.batch_size
+        optimizer.step()
+        optimizer.zero_grad()
+
+    yield step
+
+
 FLOOR = "non-private"
 VARIANTS: dict[str, Variant] = {
     FLOOR: non_private,
@@ -208,5 +244,7 @@ WORKAROUNDS: dict[str, tuple[str, Variant]] = {
 
 if importlib.util.find_spec("fastDP") is not None:
     VARIANTS["fastDP"] = fast_dp
+if importlib.util.find_spec("opake") is not None:
+    VARIANTS["opake"] = opake
 
 EVERY: dict[str, Variant] = {**VARIANTS, "dpopt two-pass": dpopt_two_pass, **dict(WORKAROUNDS.values())}
