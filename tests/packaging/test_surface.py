@@ -19,6 +19,8 @@ FROZEN = Path(__file__).with_name("surface.txt")
 
 
 def arguments_of(thing):
+    if getattr(thing, "_is_protocol", False):
+        return ""
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
