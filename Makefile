@@ -20,7 +20,7 @@ bench: $(STAMP)  ## private against non-private step, peers beside it (slow)
 	$(BIN)/python -m benchmarks.step
 
 docs: $(STAMP)  ## the documentation, as a folder that opens without a server: build/site/index.html
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 wheel: $(STAMP)  ## what is published, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("accountants", "clipping", "dpopt")
 TEST = re.compile(r"test_\w+")
 SECTION = re.compile(
-    r"^Guarantees(?: \([^)]*\))?:?[ \t]*\n?(?:-+\n)?(?P<text>.*?)(?=^[A-Z][\w ]*(?:\n-+\n|:\n)|\Z)", re.M | re.S
+    r"^Guarantees(?: \([^)]*\))?:?[ \t]*\n?(?:-+\n)?(?P<text>.*?)(?=^[A-Z][\w ]*(?:\n-+\n|:\n)|\Z)",
+    re.M | re.S,
 )
 
 
@@ -88,6 +89,13 @@ def page(guarantee: Guarantee, sources: dict[str, tuple[str, str]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def gist(text: str) -> str:
+    """The first sentence or point of a guarantee, without the names of its tests."""
+    first = re.split(r"\n- |\n\n|\. (?=[A-Z])", text.removeprefix("- "), maxsplit=1)[0]
+    first = re.sub(r"\(test_[^)]*\)?|test_\w+,? ?", "", " ".join(first.split()))
+    return f"{first.strip().rstrip('.;:')}."
+
+
 def index(found: list[Guarantee]) -> str:
     """The list of all guarantees."""
     lines = [
@@ -96,13 +104,9 @@ def index(found: list[Guarantee]) -> str:
         "The pages are made from the docstrings whenever this site is built.",
     ]
     for package in PACKAGES:
-        lines.append(f"## {package}")
-        rows = [
-            f"- [{g.owner}]({Path(g.page).name}): {g.text.split('. ')[0].split(' (test_')[0].strip()}."
-            for g in found
-            if g.path.startswith(f"{package}/")
-        ]
-        lines.append("\n".join(" ".join(row.split()) for row in rows))
+        mine = [g for g in found if g.path.startswith(f"{package}/")]
+        rows = [f"- [{g.owner}]({Path(g.page).name}): {gist(g.text)}" for g in mine]
+        lines += [f"## {package}", "\n".join(rows)]
     return "\n\n".join(lines) + "\n"
 
 
