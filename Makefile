@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: finetune test check bench clean
+.PHONY: finetune test check bench docs wheel clean
 
 finetune: $(STAMP)  ## fine-tune the embedded model on private docstrings, offline
 	$(BIN)/dpopt finetune
@@ -19,6 +19,12 @@ check: $(STAMP)
 bench: $(STAMP)  ## private against non-private step, peers beside it (slow)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.step
+
+docs: $(STAMP)  ## the documentation, as a folder that opens without a server: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+wheel: $(STAMP)  ## what is published, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
