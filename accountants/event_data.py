@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
-from accountants.events import DEEPEST, KINDS, Composed, Event, UnpricedEvent, is_event, require
+from accountants.events import DEEPEST, KINDS, Composed, Event, UnpricedEvent, is_event
 
 _BUILD: Mapping[str, Callable[..., Event]] = KINDS
 _OPTIONAL = {"relation"}
@@ -79,9 +79,10 @@ def _event(data: object, left: int) -> Event:
             f"{name} must have exactly the fields {sorted(known - _OPTIONAL)}; got {sorted(map(str, given))}; "
             "remove the unknown ones and add the missing ones"
         )
-    require(
-        left > 0, "events", f"nested at most {DEEPEST} deep", "a deeper nest", "count runs by one Repeated"
-    )
+    if left == 0:
+        raise ValueError(
+            f"events must be nested at most {DEEPEST} deep; got a deeper nest; count runs by one Repeated"
+        )
     return _BUILD[kind.__name__](**{key: _value(data[key], left - 1) for key in given})
 
 

@@ -179,6 +179,11 @@ class Filter:
         """
         self._book.charge(event, context=context)
 
+    def affords(self, event: Event) -> int:
+        """Count how many charges of `event` still fit; 10^9 where that many do."""
+        require_charged_under(event, self.relation)
+        return self._book.spending.affords(event)
+
     def remaining(self) -> float:
         """Return the part of the budget that is left, in [0, 1], in the units of the rule. A public number."""
         return self._book.spending.left()

@@ -26,11 +26,12 @@ KINDS = ("header", "attempt", "charge", "note")
 _FIRST = "0" * 64
 _FIELDS = ("seq", "kind", "payload", "prev", "hash")
 _LINE = re.compile(
-    rb'\{"seq":(0|[1-9][0-9]{0,17}),"kind":"([a-z]+)","payload":(\{.*\}),"prev":"([0-9a-f]{64})","hash":"([0-9a-f]{64})"\}'
+    r'\{"seq":(0|[1-9][0-9]{0,17}),"kind":"([a-z]+)","payload":(\{.*\}),"prev":"([0-9a-f]{64})","hash":"([0-9a-f]{64})"\}'
 )
 _SEAL = len(',"hash":"') + 64 + len('"}')
-_EVENT, _CONTEXT = b'{"event":', b',"context":'
+_EVENT, _CONTEXT = '{"event":', ',"context":'
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_decode = json.JSONDecoder().raw_decode
 
 Scalar = str | int | float | bool | None
 
@@ -114,7 +115,7 @@ class Chain:
         self.torn = b""
         self._where = where
         self._next, self._last = 0, _FIRST
-        self._events: dict[bytes, tuple[Mapping[str, object], Event]] = {}
+        self._events: dict[str, tuple[Mapping[str, object], Event]] = {}
 
     def records(self, lines: Iterable[bytes]) -> Iterator[Record]:
         """Read lines that end in a line feed, but for the last one perhaps.
@@ -131,11 +132,10 @@ class Chain:
             raise self._corrupt("no header: the file is empty or was cut off")
 
     def _record(self, line: bytes) -> Record:
-        found = _LINE.fullmatch(line)
-        kind = "" if found is None else found[2].decode()
-        if found is None or kind not in KINDS:
+        found = _LINE.fullmatch(line.decode("ascii", "replace"))
+        if found is None or found[2] not in KINDS:
             raise self._corrupt("not written by a ledger")
-        seq, prev, seal = int(found[1]), found[4].decode(), found[5].decode()
+        kind, seq, prev, seal = found[2], int(found[1]), found[4], found[5]
         digest = hashlib.sha256(line[:-_SEAL] + b"}").hexdigest()
         if seq != self._next or prev != self._last or seal != digest:
             raise self._corrupt("its place and hash do not continue the chain")
@@ -147,9 +147,9 @@ class Chain:
         self._next, self._last = seq + 1, digest
         return record
 
-    def _payload(self, kind: str, data: bytes) -> tuple[Mapping[str, object], Event | None]:
+    def _payload(self, kind: str, data: str) -> tuple[Mapping[str, object], Event | None]:
         cut = data.find(_CONTEXT) if kind == "charge" and data.startswith(_EVENT) else -1
-        told = data[len(_EVENT) : cut] if cut > 0 else b""
+        told = data[len(_EVENT) : cut] if cut > 0 else ""
         if told in self._events:
             context = _canonical(data[cut + len(_CONTEXT) : -1])
             if context is not None:
@@ -160,7 +160,7 @@ class Chain:
             raise self._corrupt("not written by a ledger")
         plain = payload.get("event")
         event = self._event(kind, plain)
-        if event is not None and isinstance(plain, Mapping) and told == _encode(plain).encode():
+        if event is not None and isinstance(plain, Mapping) and told == _encode(plain):
             self._events[told] = plain, event
         return payload, event
 
@@ -266,10 +266,10 @@ def check_header(header: Record, unit: str, relation: str, where: str) -> None:
             )
 
 
-def _canonical(data: bytes) -> dict[str, object] | None:
+def _canonical(data: str) -> dict[str, object] | None:
     """Parse an object that is written as `json` would write it; None for anything else."""
     try:
-        value = json.loads(data)
-        return value if isinstance(value, dict) and _encode(value).encode() == data else None
+        value, end = _decode(data)
+        return value if end == len(data) and isinstance(value, dict) and _encode(value) == data else None
     except (ValueError, RecursionError):
         return None

@@ -9,6 +9,9 @@ import numpy as np
 from accountants.events import Composed, Event, Repeated
 from accountants.filter_rule import BudgetExhausted, Rule
 
+MANY = 10**9
+"""What counts as no end of charges."""
+
 
 class Spending:
     """Charges with their counts, and their total cost by the rule that governs them, if one does.
@@ -71,6 +74,18 @@ class Spending:
                 f"the release must fit epsilon {rule.epsilon:g} at delta {rule.delta:g} ({rule.method}); got "
                 f"{event!r} with {self.left():.3g} of the budget left; add noise, or stop here"
             )
+
+    def affords(self, event: Event) -> int:
+        """Count how many charges of `event` fit one after the other, at most `MANY`."""
+        if self._rule is None:
+            return MANY
+        cost, low, high = self._rule.cost(event), 0, MANY
+        while low < high:
+            middle = (low + high + 1) // 2
+            # Each charge is rounded up by itself.
+            within = self._rule.holds(self._totals + middle * cost * (1 + 1e-9))
+            low, high = (middle, high) if within else (low, middle - 1)
+        return low
 
     def left(self) -> float:
         """Return the part of the budget that is left, in [0, 1]; 1 where nothing governs."""

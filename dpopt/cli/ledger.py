@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from accountants import History, LedgerCorrupt, ledger_bound
 from accountants.exchange import dp_accounting_data
@@ -79,7 +79,7 @@ def status(file: Annotated[Path, _FILE], delta: Annotated[float | None, _DELTA] 
             rows.append(("epsilon", f"{rounded_up(bound.epsilon, 4)} at delta {delta:g} ({bound.method})"))
             assumptions = (*bound.assumptions, *assumptions)
         console = Console()
-        table = Table(title=escape(str(file)), show_header=False)
+        table = Table("", Column(overflow="fold"), title=escape(str(file)), show_header=False)
         for name, value in rows:
             table.add_row(name, escape(value))
         console.print(table)
