@@ -4,14 +4,14 @@
 import math
 from collections import Counter
 
+from accountants.divergences import total_divergences
 from accountants.dots import FARTHEST
 from accountants.events import Gaussian, NonPrivate, PoissonSampled
 from accountants.gaussian import gaussian_delta, gaussian_epsilon, sampled_delta, sampled_epsilon, smallest
-from accountants.loss import SHIFTED, Step
-from accountants.rdp import ORDERS, RenyiCurve, renyi
+from accountants.loss import Step
+from accountants.pairs import KINDS
+from accountants.rdp import RenyiCurve
 from accountants.relations import Pair, Pairs, merged
-from accountants.shifted import shifted_delta
-from accountants.swapped import swapped_delta
 
 Leaves = Pairs
 """Pairs with their counts, equal ones merged, in canonical order; what `relations.priced` returns."""
@@ -65,7 +65,7 @@ def closed_delta(items: Leaves, epsilon: float) -> float | None:
 
 
 def _step_delta(step: Step, epsilon: float) -> float:
-    return (shifted_delta if step.pair == SHIFTED else swapped_delta)(step, epsilon)
+    return KINDS[step.pair].delta(step, epsilon)
 
 
 def total_mu(items: Leaves) -> float | None:
@@ -78,7 +78,4 @@ def total_mu(items: Leaves) -> float | None:
 
 def renyi_curve(items: Leaves) -> RenyiCurve:
     """Return the Renyi curve of the composition."""
-    total = 0 * ORDERS
-    for leaf, count in items:
-        total = total + count * renyi(leaf)
-    return RenyiCurve(total)
+    return RenyiCurve(total_divergences(items))

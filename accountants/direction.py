@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from accountants.dots import FARTHEST, Law, dots, reach
-from accountants.loss import ONE, SHIFTED, Step
+from accountants.dots import FARTHEST
+from accountants.loss import Step
 from accountants.outlook import Outlook, look
-from accountants.shifted import shifted_law, shifted_reach
-from accountants.swapped import swapped_law, swapped_reach
+from accountants.pairs import KINDS, reaches
 from accountants.tilt import Tail, compose
 
 Steps = tuple[tuple[Step, int], ...]
@@ -36,7 +35,7 @@ class Direction:
     def of(cls, steps: Steps, removed: bool, delta: float) -> "Direction | None":
         """Look at one direction, to answer questions about deltas near `delta`; None where losses are too large."""
         total = sum(count for _, count in steps)
-        ends = _reach([step for step, _ in steps], removed, _SMALL * delta / total)
+        ends = reaches([step for step, _ in steps], removed, _SMALL * delta / total)
         if max(high for _, high in ends) > FARTHEST or min(low for low, _ in ends) < -FARTHEST:
             return None
         return cls(steps, removed, ends, look(steps, ends, removed=removed))
@@ -62,7 +61,7 @@ class Direction:
                 break
             mesh = float(np.float32(1.05 * mesh * points / most))
         laws = tuple(
-            (_law(step, self.removed, mesh, ends), count)
+            (KINDS[step.pair].law(step, self.removed, mesh, ends), count)
             for (step, count), ends in zip(self.steps, self.ends, strict=True)
         )
         return mesh, compose(laws, window, kind)
@@ -77,18 +76,3 @@ class Direction:
     def error(self, mesh: float, slope: float) -> float:
         """Predict by how much `mesh` raises epsilon."""
         return mesh * mesh * self.outlook.steps * (1 + slope) / 12
-
-
-def _law(step: Step, removed: bool, mesh: float, ends: tuple[float, float]) -> Law:
-    if step.pair == SHIFTED:
-        return shifted_law(step, removed, mesh, ends)
-    return dots(step, removed, mesh, ends) if step.pair == ONE else swapped_law(step, mesh, ends)
-
-
-def _reach(steps: list[Step], removed: bool, mass: float) -> list[tuple[float, float]]:
-    ones = iter(reach([step for step in steps if step.pair == ONE], removed, mass))
-    return [next(ones) if step.pair == ONE else _other_reach(step, removed, mass) for step in steps]
-
-
-def _other_reach(step: Step, removed: bool, mass: float) -> tuple[float, float]:
-    return shifted_reach(step, removed, mass) if step.pair == SHIFTED else swapped_reach(step, mass)

@@ -26,7 +26,7 @@ from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled, Unpr
 from accountants.loss import Step
 from accountants.outlook import ORDERS, Outlook
 from accountants.pld import PLD
-from accountants.relations import ADD_REMOVE, priced
+from accountants.relations import ADD_REMOVE, as_step, priced
 from accountants.tilt import Tail, Window, log_moment, transformed
 
 Array = NDArray[np.float64]
@@ -62,21 +62,12 @@ def lower_epsilon(event: Event, delta: float) -> float:
     exact = closed_epsilon(items, delta)
     if exact is not None:
         return exact if math.isinf(exact) else exact * (1 - 1e-9)
-    steps = tuple((_step(leaf), count) for leaf, count in items)
+    steps = tuple((as_step(leaf), count) for leaf, count in items)
     upper = PLD().curve(event).epsilon(delta)  # it steers, it proves nothing
     found = _one_direction(steps, True, delta, upper)
     if found < 0.9 * upper:
         found = max(found, _one_direction(steps, False, delta, upper))
     return found * (1 - 1e-10)
-
-
-def _step(leaf: object) -> Step:
-    match leaf:
-        case Gaussian(noise_multiplier=s):
-            return Step(s, 1.0)
-        case PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)):
-            return Step(s, q)
-    raise AssertionError(f"priced() returned {leaf!r}")
 
 
 def _one_direction(steps: Steps, removed: bool, delta: float, upper: float) -> float:

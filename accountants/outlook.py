@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 
-from accountants.loss import ONE, SHIFTED, Step, loss, position
-from accountants.shifted import shifted_nodes
-from accountants.swapped import swapped_nodes
+from accountants.loss import Step
+from accountants.pairs import KINDS
 from accountants.tilt import Window
 
 Array = NDArray[np.float64]
@@ -76,27 +75,13 @@ class Outlook:
 
 def look(steps: tuple[tuple[Step, int], ...], ends: list[tuple[float, float]], *, removed: bool) -> Outlook:
     """Compute the moments of the composition of `steps` (step, count), each truncated to its `ends`."""
-    rows = [_row(step, end, removed) for (step, _), end in zip(steps, ends, strict=True)]
+    rows = [
+        KINDS[step.pair].nodes(step, end, removed, _NODES) for (step, _), end in zip(steps, ends, strict=True)
+    ]
     counts = np.array([count for _, count in steps])
     losses, weights = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
     psi = np.array([float(counts @ _log_sums(weights + b * losses)) for b in ORDERS])
     return Outlook(psi - psi[len(_POSITIVE)], int(counts.sum()))
-
-
-def _row(step: Step, ends: tuple[float, float], removed: bool) -> tuple[Array, Array]:
-    """Return losses and logarithms of P-masses at the nodes of one step."""
-    if step.pair == SHIFTED:
-        return shifted_nodes(step, ends, removed, _NODES)
-    if step.pair != ONE:
-        return swapped_nodes(step, ends, _NODES)
-    s = step.noise_multiplier
-    with np.errstate(divide="ignore"):
-        borders = position(step, np.array(ends if removed else (-ends[1], -ends[0])))
-    low, high = max(float(borders[0]), -14 * s), min(float(borders[1]), 1 + 40 * s)
-    x = np.linspace(low, high, _NODES)
-    losses = loss(step, x)
-    density = -x * x / (2 * s * s) - math.log(s * math.sqrt(2 * math.pi) * (_NODES - 1) / (high - low))
-    return (losses, density + losses) if removed else (-losses, density)
 
 
 def _log_sums(logs: Array) -> Array:

@@ -19,10 +19,11 @@ import numpy as np
 from accountants.closed import Leaves, closed_delta, closed_epsilon, renyi_curve, total_mu
 from accountants.curve import FIXED_SCHEDULE, Bound, rounded_up
 from accountants.direction import Direction, Steps
-from accountants.events import Event, Gaussian, PoissonSampled
+from accountants.events import Event, Gaussian
 from accountants.lazy import LazyCurve, Pricing
-from accountants.loss import ONE, SHIFTED, Step
-from accountants.relations import ADD_REMOVE, Pair
+from accountants.loss import Step
+from accountants.pairs import KINDS
+from accountants.relations import ADD_REMOVE, as_step
 
 LOOSENESS = 1e-4
 """The relative error in epsilon that the mesh is chosen for."""
@@ -82,7 +83,7 @@ def _delta(items: Leaves, epsilon: float) -> float:
 def _steps(items: Leaves) -> Steps:
     """Write the leaves as steps: all plain Gaussians as one, and not too many distinct ones."""
     plain = tuple(item for item in items if isinstance(item[0], Gaussian))
-    sampled = {_step(leaf): count for leaf, count in items if not isinstance(leaf, Gaussian)}
+    sampled = {as_step(leaf): count for leaf, count in items if not isinstance(leaf, Gaussian)}
     ratio = 0.001
     steps = sampled
     while len(steps) > MAX_DISTINCT:
@@ -91,16 +92,6 @@ def _steps(items: Leaves) -> Steps:
     mu = total_mu(plain)
     merged = ((Step(1 / mu * (1 - 1e-15), 1.0), 1),) if mu else ()
     return merged + tuple(sorted(steps.items(), key=lambda item: repr(item[0])))
-
-
-def _step(pair: Pair) -> Step:
-    match pair:
-        case Step():
-            return pair
-        case PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)):
-            return Step(s, q)
-        case _:
-            raise AssertionError(f"no grid for {pair!r}")
 
 
 def _on_geometric_grid(steps: dict[Step, int], ratio: float) -> dict[Step, int]:
@@ -124,7 +115,7 @@ def _epsilon(steps: Steps, delta: float) -> tuple[float, bool]:
     found, sound = _epsilon_of(steps, delta, True, 0.0)
     if math.isinf(found):
         return found, sound
-    if all(step.pair not in (ONE, SHIFTED) or step.sampling_rate == 1 for step, _ in steps):
+    if all(KINDS[step.pair].alike or step.sampling_rate == 1 for step, _ in steps):
         return found, sound  # both directions are alike
     other, also = _epsilon_of(steps, delta, False, found)
     return max(found, other), sound and also

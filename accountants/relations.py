@@ -134,6 +134,19 @@ def priced(event: Event, relation: str) -> Priced:
     return Priced(merged(counts), min(1.0, slip))
 
 
+def as_step(pair: Pair) -> Step:
+    """Write a sampled `pair` as a step."""
+    match pair:
+        case Step():
+            return pair
+        case PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)):
+            return Step(s, q)
+        case Gaussian(noise_multiplier=s):
+            return Step(s, 1.0)
+        case _:
+            raise AssertionError(f"no step is {pair!r}")
+
+
 def merged(counts: Mapping[Pair, int]) -> Pairs:
     """Write counted pairs in canonical order."""
     return tuple(sorted(counts.items(), key=lambda item: repr(item[0])))

@@ -20,24 +20,23 @@ arXiv:2106.08567, theorem 10).
 For any symmetric pair the Renyi moment needs the upper half only: with l the loss,
 
     A(a) - 1 = a (a-1) integral over t > 0 of (exp((a-1) t) + exp(-a t)) H(t) dt
-             = E_Q [(1 - exp(-(a-1) l)) (exp(a l) - 1); l > 0],
+             = E_Q [h_a(l) + h_(1-a)(l); l > 0]
 
-a sum of positive terms; for the fixed size E_Q is over the pair (1-q) N(0) + q N(2) against N(0).
+in the notation of `accountants.moments`; for the fixed size E_Q is over the pair (1-q) N(0) + q N(2) against N(0).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
 from accountants.dots import FARTHEST, UNIT, Law, connect, crossing, gaussian, inner
-from accountants.loss import FIXED, Step
+from accountants.loss import FIXED, Step, sampled_density, sampled_loss
+from accountants.moments import Line, Nodes, Part
 
 Array = NDArray[np.float64]
-
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-_MOST_NODES = 100_000
 
 
 def swapped_curve(step: Step, losses: Array) -> Array:
@@ -89,50 +88,38 @@ def swapped_reach(step: Step, mass: float) -> tuple[float, float]:
     return -float(low[0]), float(high[0])
 
 
-def swapped_log_moments(step: Step, orders: Array) -> Array:
-    """Compute log(A(a) - 1) of one step with a record replaced; `inf` where the quadrature would be too large.
+def swapped_directions(steps: Sequence[Step]) -> list[list[Part]]:
+    """What the moments of a few steps of one kind are summed over; one direction, since the other is alike."""
+    noise = np.array([step.noise_multiplier for step in steps])[:, None]
+    rate = np.array([step.sampling_rate for step in steps])[:, None]
+    if steps[0].pair == FIXED:
+        half = Line(lambda x: sampled_density(noise / 2, rate, x), noise / 2, reach=1.0, left=0.5)
+        return [[Part(half.half, True), Part(half.half, False)]]
 
-    Gauss-Legendre panels of 1.5 min(s, s^2): the integrand is analytic up to pi s^2 beside the real line, so that
-    16 nodes leave an error below 1e-20 of the largest value in a panel.
-    """
-    return np.array([_log_moment(step, float(a)) for a in orders])
+    def density(x: Array) -> Nodes:
+        fall, logs = sampled_density(noise, rate, -x)
+        return sampled_loss(noise, rate, x) - fall, logs + fall
 
-
-def _log_moment(step: Step, a: float) -> float:
-    fixed = step.pair == FIXED
-    s = step.noise_multiplier / 2 if fixed else step.noise_multiplier
-    start, stop = (0.5, a + 14 * s + 1) if fixed else (0.0, 2 * a + 14 * s)
-    panels = math.ceil((stop - start) / (1.5 * min(s, s * s)))
-    if panels * len(_NODES) > _MOST_NODES:
-        return math.inf
-    half = (stop - start) / panels / 2
-    x = (start + half * (2 * np.arange(panels) + 1))[:, None] + half * _NODES
-    loss, density = _loss_and_log_density(step.sampling_rate, s, fixed, x)
-    with np.errstate(divide="ignore"):
-        logs = np.log(-np.expm1(-(a - 1) * loss)) + a * loss + np.log(-np.expm1(-a * loss)) + density
-    logs += np.log(half * _WEIGHTS)
-    return float(np.logaddexp.reduce(logs, axis=None))
+    line = Line(density, noise, reach=2.0, left=-1.0)
+    return [[Part(lambda a: line.whole(0, a, 0.5), True)]]
 
 
 def swapped_nodes(step: Step, ends: tuple[float, float], count: int) -> tuple[Array, Array]:
     """Lay `count` nodes over the losses between `ends`, with the logarithms of their P-masses: roughly."""
-    fixed = step.pair == FIXED
+    fixed, q = step.pair == FIXED, step.sampling_rate
     s = step.noise_multiplier / 2 if fixed else step.noise_multiplier
     x, pace = np.linspace(0.5 if fixed else 0.0, 1.5 + 30 * s, count // 2, retstep=True)
-    loss, density = _loss_and_log_density(step.sampling_rate, s, fixed, x)
-    losses = np.concatenate([-loss[::-1], loss])
-    weights = np.concatenate([density[::-1], density + loss]) + math.log(pace)
+    fall, logs = (np.zeros(1), sampled_density(s, q, x)[1]) if fixed else sampled_density(s, q, -x)
+    side = sampled_loss(s, q, x) - fall, logs + fall + math.log(float(pace))
+    return mirrored_nodes(side, side, ends)
+
+
+def mirrored_nodes(above: Nodes, below: Nodes, ends: tuple[float, float]) -> tuple[Array, Array]:
+    """Put losses > 0 of P against Q beside mirrored ones of Q against P, each with log masses of the second law.
+
+    Returns losses, those not between `ends` made nothing of, and log masses of P.
+    """
+    losses = np.concatenate([-below[0][::-1], above[0]])
+    weights = np.concatenate([below[1][::-1], above[1] + above[0]])
     outside = (losses < ends[0]) | (losses > ends[1])
     return np.where(outside, 0.0, losses), np.where(outside, -700.0, weights)
-
-
-def _loss_and_log_density(q: float, s: float, fixed: bool, x: Array) -> tuple[Array, Array]:
-    """Loss (> 0) and log density of Q at the outputs x."""
-    stay, take = math.log1p(-q), math.log(q)
-    centre = -math.log(s * math.sqrt(2 * math.pi)) - x * x / (2 * s * s)
-    y = (x - 0.5) / s / s
-    rise = np.where(y < 1, np.log1p(q * np.expm1(np.minimum(y, 1.0))), np.logaddexp(stay, take + y))
-    if fixed:
-        return rise, centre
-    fall = np.log1p(q * np.expm1(-(x + 0.5) / s / s))
-    return rise - fall, centre + fall
