@@ -22,10 +22,12 @@ from torch import Tensor
 from clipping.costs import Sizes
 from clipping.grads import (
     ROUNDING,
+    Norms,
     accumulator_dtype,
     chunks,
     kept,
     per_example,
+    rounded_up,
     rounding_of,
     row_norm,
     widen,
@@ -141,6 +143,10 @@ class Convolved:
 
     def sq_norm(self) -> Tensor:
         """(B,), through the Gram matrices of the positions or through the gradients, whichever costs less."""
+        return self.norms().squares
+
+    def norms(self) -> Norms:
+        """`sq_norm`, and how much of it is rounding up."""
         num_groups, num_positions, num_out, num_in, _ = self.sizes()
         gram = num_positions == 1 or num_positions * (num_out + num_in) <= num_out * num_in
         # `split_gradient` splits no row, and the Gram path allows for LONG positions in one go.
@@ -149,14 +155,14 @@ class Convolved:
         parts = []
         for part in chunks(self.num_examples, num_groups * elements):
             some = self.part(part)
-            parts.append(some.outer().sq_norm() if gram else some._formed_sq_norm())
-        if parts:
-            return torch.cat(parts)
-        return torch.zeros(0, dtype=accumulator_dtype(self.grad.dtype), device=self.grad.device)
+            parts.append(some.outer().norms() if gram else some.formed_norms())
+        none = torch.zeros(0, dtype=accumulator_dtype(self.grad.dtype), device=self.grad.device)
+        return Norms.joined(parts, none)
 
-    def _formed_sq_norm(self) -> Tensor:
+    def formed_norms(self) -> Norms:
+        """(B,), through the gradients; how much of it is rounding up."""
         # Twice: the weighted sum errs as the forming does.
-        return (row_norm(self.dense()) + 2 * self.forming()).square()
+        return rounded_up(row_norm(self.dense()), 2 * self.forming())
 
     def forming(self) -> Tensor:
         """(B,): most by which rounding moves the gradients as they are formed; no fast algorithm is foreseen."""

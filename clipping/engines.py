@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from clipping.absent import Absent
+from clipping.cancelling import Fine, refined
 from clipping.contributions import Contribution, Measured
 from clipping.costs import DEFAULT, Choice, Costs, settled
-from clipping.grads import SampleGrads
+from clipping.grads import Norms, SampleGrads, norms_of
 from clipping.grams import Workspace
 from clipping.outer import Outer
 from clipping.shifted import Shifted
@@ -190,11 +191,18 @@ def _total(squares: list[Tensor], num_examples: int) -> Tensor:
 
 def sq_norm(grads: SampleGrads, space: Workspace) -> Tensor:
     """(B,) squared norms, through the Gram that layers share where there is one."""
-    return grads.sq_norm(space) if isinstance(grads, Outer | Shifted) else grads.sq_norm()
+    return norms(grads, space).squares
+
+
+def norms(grads: SampleGrads, space: Workspace) -> Norms:
+    """`sq_norm`, and how much of it is rounding up."""
+    if isinstance(grads, Outer):
+        return grads.norms(space)
+    return Norms(grads.sq_norm(space)) if isinstance(grads, Shifted) else norms_of(grads)
 
 
 def _weighted_sum(grads: SampleGrads, weights: Tensor, into: Tensor | None, space: Workspace) -> Tensor:
-    if isinstance(grads, Outer | Shifted):
+    if isinstance(grads, Outer | Shifted | Fine):
         return grads.weighted_sum(weights, into, space)
     return grads.weighted_sum(weights, into)
 
@@ -211,7 +219,7 @@ class Clipping:
         self._idle = idle
         self._admit = admit
         self._held: list[dict[str, SampleGrads]] = [{} for _ in sums.groups]
-        self._squares: list[list[Tensor]] = [[] for _ in sums.groups]
+        self._norms: list[dict[str, Norms]] = [{} for _ in sums.groups]
         self._open = set(range(len(sums.groups)))
         self._admitted = False
         self.unit: object | None = object()
@@ -223,7 +231,7 @@ class Clipping:
         held = self._held[row]
         settled_grads, self._sums.choices[name] = settled(grads, self._sums.costs)
         held[name] = self._sums.moved(name, settled_grads, num_examples)
-        self._squares[row].append(sq_norm(held[name], self._sums.space))
+        self._norms[row][name] = norms(held[name], self._sums.space)
         # One group is left to the end of the backward: until then a failure costs nothing.
         if len(self._held) > 1 and all(
             other in held or self._idle(other) for other in self._sums.groups[row]
@@ -244,8 +252,9 @@ class Clipping:
             self._admit(num_examples)
             self._admitted = True
         self._open.discard(row)
-        squares, self._squares[row] = self._squares[row], []
+        found, self._norms[row] = self._norms[row], {}
         held, self._held[row] = self._held[row], {}
+        squares = self._squares(held, found)
         for name, grads in self._sums.absent(row, held, num_examples).items():
             held[name] = grads
             squares.append(sq_norm(grads, self._sums.space))
@@ -254,6 +263,14 @@ class Clipping:
         self._sums.count(measured)
         for name in list(held):
             self._sums.add(name, held.pop(name), measured, finite)
+
+    def _squares(self, held: dict[str, SampleGrads], found: dict[str, Norms]) -> list[Tensor]:
+        """Squared norms; examples of `held` that cancel are measured again, where that does not stop a queue."""
+        squares = {name: x.squares for name, x in found.items()}
+        wait = len(self._held) == 1 or all(x.device.type == "cpu" for x in squares.values())
+        for name, fine in refined(held, found).items() if wait else ():
+            held[name], squares[name] = fine, fine.remeasured(squares[name])
+        return list(squares.values())
 
 
 def masked(measured: Measured, *, wait: bool) -> Tensor | None:

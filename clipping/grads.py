@@ -12,9 +12,9 @@ ghost norm <A A^T, G G^T>); Bu et al. (2022), arXiv:2210.00038 (one weighted pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,34 @@ class SampleGrads(Protocol):
         It is relative to the terms that make up an example's gradient: where they cancel, it may exceed the norm.
         """
         ...
+
+
+class Norms(NamedTuple):
+    """Squared norms (B,), rounded up, and the part of each by which they were; None: no part that could matter."""
+
+    squares: Tensor
+    margins: Tensor | None = None
+
+    @staticmethod
+    def joined(parts: Sequence[Norms], none: Tensor) -> Norms:
+        """Those of slices of a batch, one after the other; `none` are those of no example."""
+        if not parts:
+            return Norms(none)
+        margins = [x.margins for x in parts if x.margins is not None]
+        whole = torch.cat(margins) if len(margins) == len(parts) else None
+        return Norms(torch.cat([x.squares for x in parts]), whole)
+
+
+def norms_of(grads: SampleGrads) -> Norms:
+    """The squared norms of `grads`, and how much of each is rounding up where its structure tells."""
+    told: Callable[[], Norms] | None = getattr(grads, "norms", None)
+    return Norms(grads.sq_norm()) if told is None else told()
+
+
+def rounded_up(norms: Tensor, error: Tensor) -> Norms:
+    """The squares of `norms` (B,), each of which may be too short by `error` (B,)."""
+    squares = (norms + error).square()
+    return Norms(squares, squares - norms.square())
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

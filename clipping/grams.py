@@ -80,8 +80,8 @@ def _block_product(left: Tensor, right: Tensor, start: int) -> Tensor:
     return total + row_sum(terms[:, :, :, :start]) if start else total
 
 
-def bounded(total: Tensor, left: Extent, right: Extent, terms: float) -> Tensor:
-    """(B,): no less than the sum of the product of two Gram matrices, which came out as `total`.
+def bounded(total: Tensor, left: Extent, right: Extent, terms: float) -> tuple[Tensor, Tensor]:
+    """(B,) no less than the sum of the product of two Gram matrices, which came out as `total`, and the margin.
 
     Guarantees
     ----------
@@ -94,10 +94,12 @@ def bounded(total: Tensor, left: Extent, right: Extent, terms: float) -> Tensor:
     mine, other = (epsilons(x.epsilons, total.dtype) * x.trace for x in (left, right))
     margin = mine * right.norm + other * left.norm + mine * other
     margin = margin + epsilons(terms, total.dtype) * left.norm * right.norm
-    return torch.where(torch.isfinite(total), total.clamp_min(0) + margin, torch.inf)
+    return torch.where(torch.isfinite(total), total.clamp_min(0) + margin, torch.inf), margin
 
 
-def gram_product(left: Tensor, right: Tensor, known: Gram | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def gram_product(
+    left: Tensor, right: Tensor, known: Gram | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(B,) sum of the product of both Gram matrices, `bounded`, and their traces; `known` is the Gram of `right`."""
     totals: list[Tensor] = []
     lefts: list[tuple[Tensor, Tensor]] = []

@@ -18,10 +18,12 @@ from clipping import kernels
 from clipping.costs import Sizes
 from clipping.grads import (
     CHUNK_ELEMENTS,
+    Norms,
     accumulator_dtype,
     chunks,
     kept,
     per_example,
+    rounded_up,
     rounding_of,
     row_norm,
     row_sq_norm,
@@ -99,36 +101,43 @@ class Outer:
         weighted sum may, each a bound for every order of addition and every input
         (test_guarantee_tails_that_vanish_beside_ones_are_measured, test_guarantee_positions_that_vanish_beside_ones_are_measured).
         """
+        return self.norms(space).squares
+
+    def norms(self, space: Workspace | None = None) -> Norms:
+        """`sq_norm`, and how much of it is rounding up."""
         _, _, num_positions, num_out = self.left.shape
         num_in = self.right.shape[-1]
         if num_positions == 0:
-            return self._none().new_zeros(self.num_examples)
+            return Norms(self._none().new_zeros(self.num_examples))
         if num_positions == 1:
             left, right = (row_sq_norm(x.flatten(0, 1)).view(x.shape[:2]) for x in (self.left, self.right))
-            return torch.where(underflows(left, right).any(1), torch.inf, (left * right).sum(1))
+            return Norms(torch.where(underflows(left, right).any(1), torch.inf, (left * right).sum(1)))
         if num_positions * (num_out + num_in) <= num_out * num_in:
-            return self._ghost_sq_norm(space)
-        return self._formed_sq_norm()
+            return self._ghost_norms(space)
+        return self.formed_norms()
 
-    def _ghost_sq_norm(self, space: Workspace | None) -> Tensor:
+    def _ghost_norms(self, space: Workspace | None) -> Norms:
         if kernels.serves(self.left, self.right):
             sq_norm, traces = kernels.ghost_sq_norm(self.left, self.right)
-            return torch.where(underflows(*traces), torch.inf, sq_norm)
+            return Norms(torch.where(underflows(*traces), torch.inf, sq_norm))
         _, num_groups, num_positions, _ = self.left.shape
         # Many layers read one input; none has the same output gradient twice.
         known = None if space is None else space.gram(self.right)
         parts = []
         for part in chunks(self.num_examples, 2 * num_groups * num_positions * num_positions):
             left, right = widen(self.left[part]), widen(self.right[part])
-            total, traces = gram_product(left, right, None if known is None else known.part(part))
+            (total, margin), traces = gram_product(left, right, None if known is None else known.part(part))
             # The weighted sum errs too, and what it adds must not be longer than what was measured.
             error = summing(num_positions, total.dtype) * traces[0].sqrt() * traces[1].sqrt()
-            parts.append(torch.where(underflows(*traces), torch.inf, (total.sqrt() + error).square()))
-        return torch.cat(parts) if parts else self._none()
+            squares = (total.sqrt() + error).square()
+            margin = squares - total + margin
+            parts.append(Norms(torch.where(underflows(*traces), torch.inf, squares), margin))
+        return Norms.joined(parts, self._none())
 
-    def _formed_sq_norm(self) -> Tensor:
+    def formed_norms(self) -> Norms:
+        """(B,), through the gradients, of which a chunk is formed at a time; how much of it is rounding up."""
         if kernels.serves(self.left, self.right):
-            return kernels.formed_sq_norm(self.left, self.right)
+            return Norms(kernels.formed_sq_norm(self.left, self.right))
         num_groups, num_out, num_in = self.left.shape[1], self.left.shape[3], self.right.shape[3]
         rows = max(1, min(num_out, CHUNK_ELEMENTS // max(1, num_groups * num_in)))
         parts = []
@@ -137,8 +146,8 @@ class Outer:
             norms = [row_norm(product(some.mT, right)) for some in left.split(rows, dim=3)]
             formed = torch.linalg.vector_norm(torch.stack(norms), dim=0)
             error = forming(left.shape[2], left.dtype) + summing(left.shape[2], left.dtype)
-            parts.append((formed + error * row_norm(left) * row_norm(right)).square())
-        return torch.cat(parts) if parts else self._none()
+            parts.append(rounded_up(formed, error * row_norm(left) * row_norm(right)))
+        return Norms.joined(parts, self._none())
 
     def _none(self) -> Tensor:
         return torch.zeros(0, dtype=accumulator_dtype(self.left.dtype), device=self.left.device)

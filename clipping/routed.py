@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipping.grads import (
+    Norms,
     accumulator_dtype,
     chunks,
     kept,
@@ -58,6 +59,10 @@ class Routed:
 
     def sq_norm(self) -> Tensor:
         """(B,), through the Gram matrices of the slots, of which only pairs with one expert count; see `Outer`."""
+        return self.norms().squares
+
+    def norms(self) -> Norms:
+        """`sq_norm`, and how much of it is rounding up."""
         num_slots = self.experts.shape[1]
         parts = []
         for part in chunks(self.num_examples, 3 * num_slots * num_slots):
@@ -71,13 +76,14 @@ class Routed:
                 Extent(trace, row_norm(gram), product_epsilons(x.shape[2]))
                 for trace, gram, x in zip(traces, counted, (left, right), strict=True)
             )
-            total = bounded(
+            total, margin = bounded(
                 row_sum(counted[0] * counted[1]), first, second, sum_epsilons(num_slots * num_slots)
             )
             error = summing(num_slots, total.dtype) * traces[0].sqrt() * traces[1].sqrt()
-            sq_norm = (total.sqrt() + error).square()
-            parts.append(torch.where(underflows(traces[0], traces[1]), torch.inf, sq_norm))
-        return torch.cat(parts) if parts else self._none()
+            squares = (total.sqrt() + error).square()
+            margin = squares - total + margin
+            parts.append(Norms(torch.where(underflows(traces[0], traces[1]), torch.inf, squares), margin))
+        return Norms.joined(parts, self._none())
 
     def _none(self) -> Tensor:
         return torch.zeros(0, dtype=accumulator_dtype(self.left.dtype), device=self.left.device)

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipping.grads import ROUNDING, kept, per_example, rounding_of, row_norm, row_sq_norm, widen
+from clipping.grads import (
+    ROUNDING,
+    Norms,
+    kept,
+    per_example,
+    rounded_up,
+    rounding_of,
+    row_norm,
+    row_sq_norm,
+    widen,
+)
 from clipping.products import epsilons
 
 
@@ -49,14 +59,18 @@ class Rows:
         errs by n / 2 epsilons of their total size in any order, so rows looked up once add next to nothing
         (test_guarantee_values_that_vanish_in_a_row_are_measured).
         """
+        return self.norms().squares
+
+    def norms(self) -> Norms:
+        """`sq_norm`, and how much of it is rounding up."""
         values = widen(self.values)
         num_examples, num_positions, width = values.shape
         if num_positions == 1 or num_examples == 0:
-            return row_sq_norm(values)
+            return Norms(row_sq_norm(values))
         segment = self._segments()
         sums = values.new_zeros(num_examples, num_positions, width)
         sums.scatter_add_(1, segment.unsqueeze(-1).expand_as(values), values)
-        return (row_norm(sums) + self.forming(segment)).square()
+        return rounded_up(row_norm(sums), self.forming(segment))
 
     def _segments(self) -> Tensor:
         """(B, T): positions of one index have one number, from 0 on."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipping.convolved import Convolved
-from clipping.grads import CHUNK_ELEMENTS, Dense, SampleGrads, chunks, row_norm, widen
+from clipping.grads import CHUNK_ELEMENTS, Dense, Norms, SampleGrads, chunks, norms_of, row_norm, widen
 from clipping.outer import Outer, forming
 from clipping.products import epsilons, product, product_epsilons, row_sum, sum_epsilons
 from clipping.routed import Routed
@@ -54,13 +54,19 @@ class Sum:
         Rounded up by what each inner product may err and by SQUARES epsilons of the squares, which remain when
         the parts cancel (test_guarantee_a_tied_sum_that_cancels_is_measured).
         """
-        squares = [part.sq_norm() for part in self.parts]
+        return self.norms().squares
+
+    def norms(self) -> Norms:
+        """`sq_norm`, and how much of it is rounding up."""
+        found = [norms_of(part) for part in self.parts]
+        squares = [part.squares for part in found]
         largest = torch.stack(squares).sum(0)
         total, error = largest, SQUARES * torch.finfo(largest.dtype).eps * largest
         for first, second in combinations(range(len(self.parts)), 2):
             value, most = _crossed(self.parts[first], self.parts[second], squares[first].sqrt())
             total, error = total + 2 * value, error + 2 * most
-        return torch.where(torch.isfinite(total), total.clamp_min(0) + error, torch.inf)
+        margin = torch.stack([error, *(x.margins for x in found if x.margins is not None)]).sum(0)
+        return Norms(torch.where(torch.isfinite(total), total.clamp_min(0) + error, torch.inf), margin)
 
     def inner(self, direction: Tensor) -> Tensor:
         """(B,)."""

@@ -14,9 +14,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from clipping.cancelling import ALONE, Fine, refined
 from clipping.contributions import Measured
 from clipping.costs import Choice
-from clipping.engines import Sums, masked, sq_norm
+from clipping.engines import Sums, masked, norms, sq_norm
 from clipping.grads import SampleGrads, row_norm
 from clipping.sums import Sum
 
@@ -28,6 +29,7 @@ class Measuring:
         self._sums = sums
         self._squares: list[list[Tensor]] = [[] for _ in sums.groups]
         self.seen: dict[str, tuple[Tensor, ...]] = {}
+        self.fine: dict[str, Tensor] = {}
         self.measured: list[Measured] = []
         self.num_examples = 0
         self.done = False
@@ -41,7 +43,11 @@ class Measuring:
         )
         self.seen[name] = _fingerprint(grads)
         moved = self._sums.moved(name, grads, num_examples)
-        self._squares[self._sums.rows[name]].append(sq_norm(moved, self._sums.space))
+        found = norms(moved, self._sums.space)
+        squares = found.squares
+        for fine in refined({name: moved}, {name: found}, ALONE).values():
+            squares, self.fine[name] = fine.remeasured(squares), fine.index
+        self._squares[self._sums.rows[name]].append(squares)
 
     def complete(self, num_examples: int) -> None:
         """Turn norms into weights."""
@@ -90,6 +96,8 @@ class Summing:
             self._admit(num_examples)
             self._admitted = True
         moved = self._sums.moved(name, grads, num_examples)
+        if name in self._first.fine:
+            moved = Fine(moved, self._first.fine[name])
         self._sums.add(name, moved, self._first.measured[row], self._finite[row])
 
     def complete(self, num_examples: int) -> None:

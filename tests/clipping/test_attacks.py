@@ -374,7 +374,7 @@ def test_guarantee_no_example_found_is_longer_than_its_norm(
     exact = formed(*pair)
     grads = Outer(*pair, exact.shape[2:])
     held(grads, exact)
-    for measured in (grads._ghost_sq_norm(None), grads._formed_sq_norm()):
+    for measured in (grads._ghost_norms(None).squares, grads.formed_norms().squares):
         assert measured.sqrt().double().item() >= float(exact.norm()) * (1 - 1e-5)
 
 
