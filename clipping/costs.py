@@ -105,7 +105,7 @@ def settled(grads: SampleGrads, costs: Costs) -> tuple[SampleGrads, Choice]:
     """`grads`, formed where `choose` says so, and the choice."""
     sizes: Callable[[], Sizes] | None = getattr(grads, "sizes", None)
     if sizes is None:
-        return grads, Choice(type(grads).__name__.lower(), "one path")
+        return grads, Choice(type(grads).__name__.lower(), getattr(grads, "why", "one path"))
     choice = choose(sizes(), costs)
     return (Dense(grads.dense()), choice) if choice.path == "form and keep" else (grads, choice)
 

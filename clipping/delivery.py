@@ -6,8 +6,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 from clipping.layers import Layer
 from clipping.rules.generic import is_floating
 from clipping.rules.registry import Inputs
+from clipping.structures import flatten
 from clipping.tap import Record
 
 
@@ -34,21 +34,6 @@ def batch_first(inputs: Inputs, grad: Tensor, batch_dim: int) -> tuple[Inputs, T
     return Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs)))), move(grad)
 
 
-@contextmanager
-def told_of_vmap(layer: Layer) -> Iterator[None]:
-    """Turn an error of vmap into one that names the module."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("vmap"):
-            raise
-        raise TypeError(
-            f"expected module {layer.name or 'model'!r} ({type(layer.module).__name__}), which has no rule of its own, to "
-            f"run under torch.func.vmap; got an operation that cannot ({str(error).splitlines()[0][:90]}); give it a rule "
-            "with @clipping.rule, or use another adapter (LoRA has a rule)"
-        ) from error
-
-
 def only(layer: Layer, grads: tuple[Tensor | None, ...]) -> Tensor:
     """The gradient of a layer with one floating-point output."""
     (grad,) = grads if len(grads) == 1 else (None,)
@@ -62,21 +47,42 @@ def only(layer: Layer, grads: tuple[Tensor | None, ...]) -> Tensor:
 
 def check_batch(record: Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
     """Raise ValueError unless `grad` has as many rows as the other layers of this backward saw."""
-    rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
+    check_rows(record, layer, grad.shape[dim] if dim is not None and grad.dim() > dim else 0, grad)
+
+
+def check_rows(record: Record, layer: Layer, rows: int, shown: Tensor) -> None:
+    """Raise ValueError unless `rows` is the number of examples that the other layers of this backward saw."""
     if record.num_examples is None:
         record.num_examples = rows
     if rows != record.num_examples:
         raise ValueError(
             f"expected every layer to see the batch in one dimension ({record.num_examples} examples); got "
-            f"{rows} rows at {layer.name or 'model'!r} (output {tuple(grad.shape)}); do not fold positions "
+            f"{rows} rows at {layer.name or 'model'!r} (output {tuple(shown.shape)}); do not fold positions "
             "into the batch or send a selection of rows to a layer (an expert takes all rows, and zero weights), and "
             "give positions the shape (1, T) or (B, T)"
         )
 
 
-def refuse_opaque(layer: Layer, leaves: list[object]) -> None:
-    """Raise TypeError where a layer returns an object whose tensors cannot be seen."""
+def sees_the_batch(layer: Layer, inputs: Inputs, outputs: object, batch_dim: int, hint: int | None) -> bool:
+    """Whether a call of `layer`, seen as it runs, has one row for each example."""
+    found = [x for x in flatten(outputs)[0] if isinstance(x, Tensor) and is_floating(x)]
+    if not found or hint is None:
+        return True
+    dims: tuple[int, ...] = ()
+    if layer.rule is not None and layer.rule.batch_dims is not None:
+        try:
+            dims = layer.rule.batch_dims(layer.module, inputs, found)
+        except (ValueError, TypeError):
+            return False
+    dim = dims[0] if dims else batch_dim if found[0].dim() > 2 else 0
+    return found[0].dim() > dim and found[0].shape[dim] == hint
+
+
+def refuse_opaque(layer: Layer, leaves: list[object], known: Sequence[object] = ()) -> None:
+    """Raise TypeError where a layer returns an object whose tensors cannot be seen, and which no child gave it."""
     for leaf in leaves:
+        if any(leaf is x for x in known):
+            continue
         if not isinstance(leaf, Tensor | str | int | float | bool | None):
             raise TypeError(
                 f"expected layer {layer.name or 'model'!r} to return tensors in tuples, lists or dicts; got a "

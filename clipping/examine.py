@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from clipping.errors import MixesExamples
 from clipping.grads import SampleGrads
-from clipping.layers import recorded_layers
 from clipping.rules.generic import agree, batch_dim_of, is_floating
 from clipping.rules.registry import Inputs
 from clipping.tape import Tape
@@ -25,8 +24,6 @@ _BATCH_NORM = (
     "use GroupNorm instead: opacus.validators.ModuleValidator.fix(model) replaces BatchNorm by it, and "
     "model.eval() on a frozen BatchNorm keeps its public statistics"
 )
-
-_REPEATED = ("PromptEmbedding", "PromptEncoder")
 
 
 def _fault(module: nn.Module) -> str | None:
@@ -40,11 +37,6 @@ def _fault(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return (
             "its running statistics are un-noised averages over private examples; track_running_stats=False"
-        )
-    if type(module).__name__ in _REPEATED and type(module).__module__.startswith("peft."):
-        return (
-            "its output, one for the whole batch, is repeated for each example afterwards, so the examples' gradients "
-            "are summed before they can be clipped; use prefix tuning or LoRA"
         )
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad and parameter.dtype == torch.float16:
@@ -66,24 +58,13 @@ def _balanced(model: nn.Module) -> list[str]:
     ][:1]
 
 
-def _hidden_recurrence(model: nn.Module) -> list[str]:
-    # The generic rule runs a module by vmap, which knows no fused recurrent kernel.
-    return [
-        f"{layer.name or 'model'!r} ({type(layer.module).__name__}): it has no rule and runs a recurrent layer, whose "
-        "fused kernel hides the gradient of each example; keep nn.LSTM, nn.GRU or nn.RNN as it is, and move "
-        "parameters that stand beside it into a module of their own"
-        for layer in recorded_layers(model)
-        if layer.rule is None and any(isinstance(member, nn.RNNBase) for member in layer.members)
-    ]
-
-
 def refuse_by_list(model: nn.Module) -> None:
     """Raise `MixesExamples` naming every module that cannot be trained privately, and what to do about it."""
     faults = [
         f"{name or 'model'!r} ({type(module).__name__}): {fault}"
         for name, module in model.named_modules()
         if (fault := _fault(module)) is not None
-    ] or [*_hidden_recurrence(model), *_balanced(model)]
+    ] or _balanced(model)
     if faults:
         raise MixesExamples(
             "expected a model whose modules treat each example alone; got "

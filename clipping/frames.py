@@ -10,10 +10,12 @@ import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from clipping.errors import UnrecordedParameter
 from clipping.layers import Layer
+from clipping.own_code import OwnRun
+from clipping.rules.reruns import Place, place_parameters
 
 
 class _Held(NamedTuple):
@@ -43,12 +45,38 @@ class _Held(NamedTuple):
             vars(self.module)["_flat_weights"] = self.flat
 
 
+class Opening(NamedTuple):
+    """A call of which only the module's own code is recorded, on stand-ins for the parameters that it uses.
+
+    `opened` are the modules whose code counts as its own.
+    """
+
+    places: tuple[Place, ...]
+    stand_ins: Mapping[str, Tensor]
+    opened: frozenset[int]
+    run: OwnRun
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The modules that hold such parameters."""
+        return list({id(place.module): place.module for place in self.places}.values())
+
+
+class Ended(NamedTuple):
+    """A recorded call that has ended, and what was kept of it where it began."""
+
+    layer: Layer
+    begun: object
+
+
 class _Frame(NamedTuple):
     """One call and the parameters to put back; `held` is None where the call is not recorded."""
 
     layer: Layer
     thread: int
     held: list[_Held] | None
+    opening: Opening | None = None
+    begun: object = None
 
     def is_ours(self) -> bool:
         """Whether the call began in this thread."""
@@ -56,7 +84,11 @@ class _Frame(NamedTuple):
 
     def explains(self, module: nn.Module) -> bool:
         """Whether the record of this call covers `module`: a module handed in as an argument is not below it."""
-        return self.held is not None and self.layer.whole and any(x is module for x in self.layer.members)
+        if self.held is None:
+            return False
+        if self.opening is not None:
+            return id(module) in self.opening.opened
+        return self.layer.whole and any(x is module for x in self.layer.members)
 
     def put_back(self) -> None:
         """Give every module its parameters again."""
@@ -64,10 +96,13 @@ class _Frame(NamedTuple):
             held.put_back()
 
 
-def _refuse_replaced(layer: Layer, known: Mapping[str, nn.Parameter]) -> None:
+def _refuse_replaced(
+    layer: Layer, known: Mapping[str, nn.Parameter], stand_ins: Mapping[str, list[Tensor]]
+) -> None:
     for local, name in layer.names.items():
         path, _, last = local.rpartition(".")
-        if layer.module.get_submodule(path)._parameters.get(last) is not known[name]:
+        found = layer.module.get_submodule(path)._parameters.get(last)
+        if found is not known[name] and all(found is not x for x in stand_ins.get(name, ())):
             raise UnrecordedParameter(
                 f"expected layer {layer.name or 'model'!r} to run with its own parameter {name!r}; got another tensor in "
                 "its place (torch.func.functional_call), whose gradient would be taken for the parameter's; call "
@@ -85,35 +120,61 @@ class Frames:
         """How many calls have begun and not ended."""
         return len(self._stack)
 
-    def begin(self, layer: Layer, recording: bool, known: Mapping[str, nn.Parameter]) -> bool:
+    @property
+    def own_run(self) -> OwnRun | None:
+        """The innermost forward whose children keep rules of their own."""
+        return next((x.opening.run for x in reversed(self._stack) if x.opening is not None), None)
+
+    def explained(self, module: nn.Module) -> bool:
+        """Whether the record of a running call covers `module`."""
+        return any(frame.explains(module) for frame in self._stack)
+
+    def begin(
+        self,
+        layer: Layer,
+        recording: bool,
+        known: Mapping[str, nn.Parameter],
+        opening: Opening | None = None,
+        begun: object = None,
+    ) -> bool:
         """Detach the layer's parameters, unless a module around it explains them or nothing is recorded.
 
-        Returns whether the call is recorded. Raises RuntimeError where another thread is in a call, and
-        UnrecordedParameter where the layer holds something else than the parameters `known` by canonical name.
+        With an `opening`, only those of its own code are taken away, and stand-ins put in their place. `begun` is handed
+        back at the end. Returns whether the call is recorded. Raises RuntimeError where another thread is in a call,
+        and UnrecordedParameter where the layer holds something else than the parameters `known` by canonical name.
         """
         if self._stack and not self._stack[-1].is_ours():
             raise RuntimeError(
                 "expected one forward call at a time on a recorded model; got calls from two threads; run them one "
                 "after the other, or give each thread a copy of the model"
             )
-        explained = any(frame.explains(layer.module) for frame in self._stack)
-        if explained or not recording:
+        if not recording or self.explained(layer.module):
             self._stack.append(_Frame(layer, threading.get_ident(), None))
             return False
-        _refuse_replaced(layer, known)
-        held = [_Held.of(member) for member in layer.members]
-        self._stack.append(_Frame(layer, threading.get_ident(), held))
+        _refuse_replaced(layer, known, self._stand_ins())
+        held = [_Held.of(member) for member in (layer.members if opening is None else opening.members)]
+        self._stack.append(_Frame(layer, threading.get_ident(), held, opening, begun))
+        if opening is not None:
+            place_parameters(opening.places, opening.stand_ins)
+            return True
         for member in held:
             member.detach()
         return True
 
-    def end(self, module: nn.Module) -> Layer | None:
+    def _stand_ins(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for frame in self._stack:
+            for name, value in ({} if frame.opening is None else frame.opening.stand_ins).items():
+                found.setdefault(name, []).append(value)
+        return found
+
+    def end(self, module: nn.Module) -> Ended | None:
         """Put the parameters of `module` back; its layer where the call was recorded, else None."""
         if not self._stack or self._stack[-1].layer.module is not module or not self._stack[-1].is_ours():
             return None
         frame = self._stack.pop()
         frame.put_back()
-        return None if frame.held is None else frame.layer
+        return None if frame.held is None else Ended(frame.layer, frame.begun)
 
     def unwind(self) -> None:
         """Put back what an interrupt (KeyboardInterrupt skips forward hooks) left detached in this thread."""

@@ -185,9 +185,13 @@ def row_sq_norm(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """Gradients held as they are, (B, *shape): biases, norms, and layers whose gradients are small."""
+    """Gradients held as they are, (B, *shape): biases, norms, and layers whose gradients are small.
+
+    `why` says how they were found, where there was a choice.
+    """
 
     values: Tensor
+    why: str = "one path"
 
     @property
     def num_examples(self) -> int:

@@ -16,10 +16,10 @@ from clipping.rules.registry import is_folding
 class Layer(NamedTuple):
     """A module whose forward is recorded.
 
-    `rule` is None for the generic rule, which covers the module's whole subtree. `names` maps the
+    `rule` is None for the generic rule, which covers the module's own code, or its whole subtree. `names` maps the
     module's own parameter names to the model's canonical ones (tied parameters share one). `members` are the
     modules whose parameters are detached while the forward runs. `fold` is the block around it that folds
-    positions into the batch.
+    positions into the batch. `inlined` are modules below one without a rule whose code counts as its own.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Layer(NamedTuple):
     names: dict[str, str]
     members: tuple[nn.Module, ...]
     fold: nn.Module | None = None
+    inlined: tuple[nn.Module, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -50,8 +51,20 @@ def _owns(module: nn.Module) -> bool:
         return True
     if "parametrizations" in module._modules:
         return _holds(module)
-    containers = (nn.ParameterList, nn.ParameterDict)
-    return any(isinstance(child, containers) and _holds(child) for child in module.children())
+    return any(_is_inlined(name, child) and _holds(child) for name, child in module.named_children())
+
+
+def _is_inlined(name: str, child: nn.Module) -> bool:
+    """Whether what a child holds is used by its parent's code: it has no forward, or serves all examples at once."""
+    if name == "parametrizations" or isinstance(child, nn.ParameterList | nn.ParameterDict):
+        return True
+    if isinstance(child, nn.ModuleDict) and len(child) > 0:
+        return all(_is_inlined(key, below) for key, below in child.items())
+    return type(child).__name__ in _PROMPTS and type(child).__module__.startswith("peft.")
+
+
+_PROMPTS = ("PromptEmbedding", "PromptEncoder")
+"""Their output, one for the whole batch, is repeated for each example by the model around them."""
 
 
 def _visit(
@@ -72,7 +85,12 @@ def _visit(
     members = tuple(module.modules()) if whole else (module,)
     named = module.named_parameters(recurse=whole, remove_duplicate=False)
     names = {name: canonical[id(p)] for name, p in named if p.requires_grad}
-    yield Layer(prefix, module, rule, names, members, fold)
+    apart = [] if rule is not None else [x for x in module.named_children() if not _is_inlined(*x)]
+    inlined = [] if rule is not None else [x for name, x in module.named_children() if _is_inlined(name, x)]
+    below = tuple(x for child in inlined for x in child.modules())
+    yield Layer(prefix, module, rule, names, members, fold, below)
+    for name, child in apart:
+        yield from _visit(child, f"{prefix}.{name}" if prefix else name, canonical, seen, fold)
 
 
 def recorded_layers(model: nn.Module) -> tuple[Layer, ...]:

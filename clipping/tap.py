@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from clipping.engines import Begin
 from clipping.errors import UnrecordedParameter
@@ -24,8 +23,10 @@ from clipping.grads import SampleGrads
 from clipping.layers import Layer
 from clipping.precision import exact_products
 from clipping.rules.generic import BatchDims
+from clipping.structures import Structure
 from clipping.sums import add
 from clipping.turns import Origin
+from clipping.unruled import Kept
 
 Deliver = Callable[["Call", tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 """(call, saved inputs, output gradients): what the tap's backward hands over."""
@@ -54,13 +55,22 @@ class Call:
 
     deliver: Deliver
     layer: Layer
-    spec: pytree.TreeSpec
+    structure: Structure
     constants: tuple[object, ...]
     dims: BatchDims | None
     autocast: Autocast
     in_backward: bool
     fold: Fold | None
     origin: Origin
+    kept: Kept | None = None
+
+    def arriving(self) -> Call:
+        """What the tap calls: this, or one that waits for the gradients of what went into the children."""
+        arrivals = None if self.kept is None else self.kept.arrivals
+        if arrivals is None:
+            return self
+        arrivals.call = self
+        return replace(self, deliver=arrivals.take_outputs)
 
 
 def _exhausted(delivered: set[Call], calls: WeakSet[Call]) -> bool:

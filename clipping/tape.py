@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -27,11 +27,12 @@ from clipping.compiled import HOOK_GUARDS, untraced
 from clipping.delivery import (
     batch_first,
     check_batch,
+    check_rows,
     only,
     refuse_flat_indices,
     refuse_opaque,
     refuse_rounded,
-    told_of_vmap,
+    sees_the_batch,
 )
 from clipping.engines import Begin
 from clipping.errors import UnrecordedParameter
@@ -40,10 +41,12 @@ from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
 from clipping.precision import exact_products
-from clipping.rules.generic import BatchDims, Independence, generic, is_floating
+from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
+from clipping.structures import flatten, unflatten
 from clipping.tap import Autocast, Call, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
+from clipping.unruled import Begun, Kept, Unruled
 
 _TENSOR = object()
 
@@ -76,7 +79,8 @@ class Tape:
         self._anchor = torch.zeros((), requires_grad=True)
         self._hooks: list[RemovableHandle] = []
         self._frames = Frames()
-        self._independence = Independence(batch_dim)
+        self._unruled = Unruled(self.layers, self.parameters, batch_dim, self._serves, self._expanded_child)
+        self._children: set[int] = set()
         self._folds = Folds(self.layers, batch_dim)
         self._batch_hint: int | None = None
         self._root_dims = 0
@@ -96,16 +100,18 @@ class Tape:
         refuse_taped(self.parameters)
         before, after, note = untraced(self._before), untraced(self._after), untraced(self._note)
         root, left = untraced(self._before_root), untraced(self._after_root)
-        self._hooks.append(self.model.register_forward_pre_hook(root, with_kwargs=True))
-        self._hooks.append(self.model.register_forward_hook(left, always_call=True))
         for block in self._folds.blocks:
             self._hooks.append(block.register_forward_pre_hook(note, with_kwargs=True))
         for layer in self.layers:
             module = layer.module
-            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            # First, where the module runs again with its other hooks, which may set what they make of parameters.
+            first = layer.rule is None
+            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=first))
             self._hooks.append(
                 module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
             )
+        self._hooks.append(self.model.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
+        self._hooks.append(self.model.register_forward_hook(left, always_call=True))
         for name, parameter in self.parameters.items():
             self._hooks.append(parameter.register_hook(Refusal(name)))
         HOOK_GUARDS.enter()
@@ -118,6 +124,7 @@ class Tape:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._children.clear()
         self._frames.unwind()
 
     @contextmanager
@@ -135,6 +142,15 @@ class Tape:
     def is_paused(self) -> bool:
         """Whether calls are not recorded now."""
         return self._paused
+
+    @property
+    def is_rerunning(self) -> bool:
+        """Whether a module without a rule runs again now, which is no use of it."""
+        return self._rerunning
+
+    def doubt(self) -> None:
+        """Prove again, at their next call, that modules without a rule keep examples apart."""
+        self._unruled.doubt()
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -187,12 +203,61 @@ class Tape:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         layer = self._by_module.get(id(module))
-        if layer is None or layer.module is not module:  # a copy of the model
+        if layer is None or layer.module is not module or self._rerunning:  # a copy of the model
             return None
-        recording = torch.is_grad_enabled() and not self._rerunning
-        if not self._frames.begin(layer, recording, self.parameters) or self._paused:
-            return None
-        return self._expanded(layer, args, kwargs)
+        recording = torch.is_grad_enabled()
+        opening, begun = None, None
+        if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
+            begun, num_examples = self._opened(layer, args, kwargs)
+            opening = begun.opening
+            begun = (begun, num_examples)
+        recorded = self._frames.begin(layer, recording, self.parameters, opening, begun)
+        return self._expanded(layer, args, kwargs) if recorded and not self._paused else None
+
+    def _opened(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Begun, int]:
+        in_backward = torch._C._current_graph_task_id() != -1
+        hint = self._batch_hint if self._in_root or in_backward else None
+        with self._again():
+            manner, num_examples = self._unruled.manner(layer, args, kwargs, hint, now=not in_backward)
+        for child in manner.called if manner.own else ():
+            if id(child) not in self._children:
+                self._children.add(id(child))
+                enter, leave = untraced(self._enter_child), untraced(self._leave_child)
+                self._hooks.append(child.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+                self._hooks.append(child.register_forward_hook(leave, always_call=True))
+        return self._unruled.begin(layer, manner, args, kwargs, self._anchor), num_examples
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Runs a module again: that is no use of it."""
+        known, self._rerunning = self._rerunning, True
+        try:
+            yield
+        finally:
+            self._rerunning = known
+
+    def _enter_child(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        run = self._frames.own_run if id(module) in self._children and not self._rerunning else None
+        return None if run is None else run.enter(module, args, kwargs)
+
+    def _leave_child(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
+        run = self._frames.own_run if id(module) in self._children and not self._rerunning else None
+        if run is not None:
+            run.leave(module, outputs)
+
+    def _expanded_child(
+        self, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layer = self._by_module.get(id(module))
+        return None if layer is None else self._expanded(layer, args, kwargs)
+
+    def _serves(self, module: nn.Module, args: Any, kwargs: Any, outputs: object) -> bool:
+        """Whether a recorded layer below a module without a rule can be left to its own rule."""
+        layer = self._by_module.get(id(module))
+        hint = self._batch_hint if self._in_root else None
+        return layer is None or sees_the_batch(layer, Inputs(args, kwargs), outputs, self.batch_dim, hint)
 
     def _expanded(
         self, layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]
@@ -215,37 +280,41 @@ class Tape:
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
-        layer = self._frames.end(module)
-        if layer is None or outputs is None or self._paused:
+        ended = None if self._rerunning else self._frames.end(module)
+        if ended is None or outputs is None or self._paused:
             return None
-        return self._tapped(layer, Inputs(args, kwargs), outputs)
+        kept = None
+        if ended.begun is not None:
+            begun, num_examples = ended.begun
+            with self._again():
+                kept = self._unruled.ended(ended.layer, begun, num_examples, args, kwargs, outputs)
+        return self._tapped(ended.layer, Inputs(args, kwargs), outputs, kept)
 
-    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object) -> object:
-        out_leaves, out_spec = pytree.tree_flatten(outputs)
-        floating = [x for x in out_leaves if is_floating(x)]
+    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, kept: Kept | None) -> object:
+        out_leaves, out_structure = flatten(outputs)
+        floating = [x for x in out_leaves if isinstance(x, Tensor) and is_floating(x)]
         detached, dims = [x.detach() for x in floating], None
         if layer.rule is not None and layer.rule.batch_dims is not None:
             dims = BatchDims((), layer.rule.batch_dims(layer.module, inputs, detached))
-        refuse_opaque(layer, out_leaves)
+        refuse_opaque(layer, out_leaves, () if kept is None else kept.handed_out)
         if not floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        in_leaves, in_spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
+        if kept is not None:
+            layer, in_leaves = kept.recorded(layer), list(kept.leaves)
         fold = self._folds.of(layer, detached)
-        if layer.rule is None:
-            with told_of_vmap(layer):
-                dims = self._independence.of(layer.module, layer.name, inputs, detached)
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
         autocast = Autocast.of(floating[0].device.type)
         origin = self._origin or self.turns.origin()
-        call = Call(self._deliver, layer, in_spec, constants, dims, autocast, in_backward, fold, origin)
+        call = Call(self._deliver, layer, in_structure, constants, dims, autocast, in_backward, fold, origin, kept)
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
-        tapped = Tap.apply(call, self._anchor, len(floating), *floating, *tensors)
+        tapped = Tap.apply(call.arriving(), self._anchor, len(floating), *floating, *tensors)
         supply = iter(tapped if isinstance(tapped, tuple) else (tapped,))
-        return pytree.tree_unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_spec)
+        return unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_structure)
 
     # -- backward ---------------------------------------------------------------------------------------
 
@@ -275,8 +344,11 @@ class Tape:
         refuse_rounded(call.layer, grads, mean=self._mean)
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
-        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        found = self._apply_rule(record, call, Inputs(args, kwargs), grads)
+        if call.kept is not None:
+            found = self._apply_generic(record, call, call.kept, leaves, grads)
+        else:
+            args, kwargs = unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
+            found = self._apply_rule(record, call, Inputs(args, kwargs), grads)
         record.take(call, {call.layer.names[local]: value for local, value in found.items()})
 
     def _apply_rule(
@@ -300,12 +372,16 @@ class Tape:
                 check_batch(record, layer, grad, dim)
         if not record.num_examples:
             return {}
-        self._rerunning = True  # the generic rule runs the module again: that run is not a use of it
-        try:
-            with torch.autocast(*call.autocast, cache_enabled=False):
-                if layer.rule is None:
-                    return generic(layer.module, inputs, grads, dims)
-                found = layer.rule.function(layer.module, inputs, grads)
-                return understood(layer, found, record.num_examples)
-        finally:
-            self._rerunning = False
+        with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
+            assert layer.rule is not None
+            found = layer.rule.function(layer.module, inputs, grads)
+            return understood(layer, found, record.num_examples)
+
+    def _apply_generic(
+        self, record: Record, call: Call, kept: Kept, leaves: list[object], grads: tuple[Tensor | None, ...]
+    ) -> dict[str, SampleGrads]:
+        check_rows(record, call.layer, kept.num_examples, next(g for g in grads if g is not None))
+        if not record.num_examples:
+            return {}
+        with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
+            return self._unruled.gradients(call.layer, kept, leaves, grads)

@@ -59,6 +59,7 @@ class Probing:
         self.num_batches += 1
         if self.num_batches in DUE:
             self.done = False
+            self._tape.doubt()
 
     def collector(self) -> Collector:
         """That of a backward of the probe."""
@@ -96,7 +97,7 @@ class Probing:
     def _wanted(self, model: nn.Module) -> bool:
         # A deep copy of the model brings copies of its hooks along: they know that they are not at home.
         ready = not self.done and self._part() is not None and id(model) == self._home
-        ready = ready and not self._tape.is_paused
+        ready = ready and not self._tape.is_paused and not self._tape.is_rerunning
         return ready and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _batch_first(self, values: Tensor, num_examples: int) -> Tensor | None:

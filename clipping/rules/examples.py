@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The own code of a module run on one example at a time: by vmap, or in a loop where vmap cannot.
+
+Shapes: B examples, each with the same number of rows of every tensor that holds the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clipping.rules.draws import Draw, Handing
+from clipping.rules.reruns import Rerun, Run
+
+
+class BatchDims(NamedTuple):
+    """The batch dimension of each input leaf and each floating-point output; None where all examples share it."""
+
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+
+
+class Batch(NamedTuple):
+    """The leaves of one call, where the batch is in them, and what it drew (None: nothing)."""
+
+    leaves: Sequence[object]
+    dims: BatchDims
+    num_examples: int
+    draws: list[Draw] | None
+
+    def rows(self, value: Tensor, dim: int) -> Tensor:
+        """`value` with dimension `dim` split into examples and their rows."""
+        return value.unflatten(dim, (self.num_examples, value.shape[dim] // self.num_examples))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The leaves that hold the batch, split."""
+        pairs = zip(self.leaves, self.dims.inputs, strict=True)
+        return tuple(self.rows(x, d) for x, d in pairs if d is not None and isinstance(x, Tensor))
+
+    @property
+    def part_dims(self) -> tuple[int, ...]:
+        """Where the examples are in `parts`."""
+        return tuple(d for d in self.dims.inputs if d is not None)
+
+    def leaves_of(self, parts: Sequence[Tensor]) -> list[object]:
+        """All leaves, with `parts` in the place of those that hold the batch."""
+        supply = iter(parts)
+        pairs = zip(self.leaves, self.dims.inputs, strict=True)
+        # Copies: the module may change what it is given in place.
+        return [x if d is None else next(supply).clone() for x, d in pairs]
+
+    def handing(self, example: int | None) -> AbstractContextManager[object]:
+        """Gives out what the batch drew; nothing where it drew nothing."""
+        if self.draws is None:
+            return nullcontext()
+        return _finished(Handing(self.draws, self.num_examples, example))
+
+
+@contextmanager
+def _finished(handing: Handing) -> Iterator[None]:
+    with handing:
+        yield
+    handing.finish()
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Save tensors for a backward as they are: hooks (of a checkpoint around) are for the forward of the user."""
+    found = []
+    autograd = torch._C._autograd
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:  # pyright: ignore
+        found.append(top)
+        autograd._pop_saved_tensors_default_hooks()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(found):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _constant(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in parameters.items()}
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------
+
+
+def outputs_by_vmap(rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """What each example gives alone, (B, ...) each."""
+    with rerun.prepared() as run, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
+        fixed = _constant(parameters)
+        each = vmap(
+            lambda parts: run(batch.leaves_of(parts), fixed), in_dims=(batch.part_dims,), randomness="different"
+        )
+        return each(batch.parts)
+
+
+def outputs_by_loop(rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same, one example after the other."""
+    found = []
+    with rerun.prepared() as run, torch.no_grad():
+        for index in range(batch.num_examples):
+            with rerun.sources.preserved(), batch.handing(index):
+                found.append(run(_leaves_at(batch, index), _constant(parameters)))
+    return [torch.stack(x) for x in zip(*found, strict=True)]
+
+
+def _leaves_at(batch: Batch, index: int) -> list[object]:
+    pairs = zip(batch.parts, batch.part_dims, strict=True)
+    return batch.leaves_of([x.select(d, index) for x, d in pairs])
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+Cotangents = Sequence[Tensor | None]
+"""The gradient of each output of the own code, in the batch's shape; None: nothing depends on it."""
+
+
+def gradients_by_vmap(
+    rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
+) -> dict[str, Tensor]:
+    """(B, *shape) for each parameter."""
+    pairs = enumerate(zip(cotangents, batch.dims.outputs, strict=True))
+    present = [(i, batch.rows(c, d), d) for i, (c, d) in pairs if c is not None and d is not None]
+    with rerun.prepared() as run:
+
+        def paired(values: dict[str, Tensor], parts: tuple[Tensor, ...], sent: tuple[Tensor, ...]) -> Tensor:
+            outputs = run(batch.leaves_of(parts), values)
+            pairs = zip(present, sent, strict=True)
+            return torch.stack([(outputs[i] * c.conj()).sum().real for (i, _, _), c in pairs]).sum()
+
+        in_dims = (None, batch.part_dims, tuple(d for _, _, d in present))
+        sent = tuple(c for _, c, _ in present)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
+            each = vmap(grad(paired), in_dims=in_dims, randomness="different")
+            return each(_constant(parameters), batch.parts, sent)
+
+
+def gradients_by_loop(
+    rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
+) -> dict[str, Tensor]:
+    """The same, one example after the other."""
+    found: list[dict[str, Tensor]] = []
+    with rerun.prepared() as run:
+        for index in range(batch.num_examples):
+            with torch.enable_grad(), rerun.sources.preserved(), batch.handing(index):
+                found.append(_one_gradient(run, batch, index, parameters, cotangents))
+    return {name: torch.stack([x[name] for x in found]) for name in parameters}
+
+
+def _one_gradient(
+    run: Run, batch: Batch, index: int, parameters: Mapping[str, Tensor], cotangents: Cotangents
+) -> dict[str, Tensor]:
+    variables = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    outputs = run(_leaves_at(batch, index), variables)
+    sent = [
+        (out, batch.rows(c, d).select(d, index))
+        for out, c, d in zip(outputs, cotangents, batch.dims.outputs, strict=True)
+        if c is not None and d is not None and out.requires_grad
+    ]
+    return backward(sent, variables)
+
+
+def backward(sent: Sequence[tuple[Tensor, Tensor]], variables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of each variable, a leaf, where these outputs have these gradients; zeros where none arrives."""
+    if sent:  # not autograd.grad: reentrant checkpoints inside would refuse it
+        outputs, grads = zip(*sent, strict=True)
+        torch.autograd.backward(outputs, grads, retain_graph=True)
+    found = {}
+    for name, x in variables.items():
+        found[name] = torch.zeros_like(x) if x.grad is None else x.grad
+        x.grad = None
+    return found
+
+
+class Engine(NamedTuple):
+    """One way to run example by example."""
+
+    name: str
+
+    def outputs(self, rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """(B, ...) each."""
+        return (outputs_by_vmap if self.name == "vmap" else outputs_by_loop)(rerun, batch, parameters)
+
+    def gradients(
+        self, rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
+    ) -> dict[str, Tensor]:
+        """(B, *shape) for each parameter."""
+        by = gradients_by_vmap if self.name == "vmap" else gradients_by_loop
+        return by(rerun, batch, parameters, cotangents)
+
+
+VMAP, LOOP = Engine("vmap"), Engine("loop")
