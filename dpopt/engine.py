@@ -8,7 +8,7 @@ then steps. Model, optimizer and loss stay the user's own objects.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """Return (module, optimizer, loader), the first two as given.
 
@@ -118,7 +119,8 @@ class PrivacyEngine:
         estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". Its guarantee is printed.
         `grad_sample_mode` and `wrap_model` are
         accepted and change nothing: one engine serves all modes, and nothing is wrapped. A `criterion` is only
-        asked whether it reduces as `loss_reduction` says.
+        asked whether it reduces as `loss_reduction` says. With `example_inputs` (at least 2 examples, as the model takes
+        them) the model is probed now, else on its first batches.
         """
         check_switches(
             poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
@@ -127,7 +129,7 @@ class PrivacyEngine:
         estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise_multiplier),
-            estimator, 0 if batch_first else 1, loss_reduction, None,
+            estimator, 0 if batch_first else 1, loss_reduction, None, example_inputs,
         )  # fmt: skip
 
     def make_private_with_epsilon(
@@ -149,6 +151,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """`make_private` with the least noise that keeps `epochs` epochs within (target_epsilon, target_delta).
 
@@ -163,7 +166,7 @@ class PrivacyEngine:
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise),
             estimator, 0 if batch_first else 1, loss_reduction,
-            Budget(target_epsilon, target_delta),
+            Budget(target_epsilon, target_delta), example_inputs,
         )  # fmt: skip
 
     def get_epsilon(self, delta: float) -> float:
@@ -242,6 +245,7 @@ class PrivacyEngine:
         batch_dim: int,
         loss_reduction: str,
         budget: Budget | None,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         if self._training is not None:
             raise RuntimeError(
@@ -258,6 +262,7 @@ class PrivacyEngine:
             ledger=self._ledger,
             accountant_name=self._accountant,
             relation=self._relation,
+            example_inputs=example_inputs,
             batch_dim=batch_dim,
             mean_losses=loss_reduction == "mean",
             randomness=self._randomness,
