@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -22,13 +19,20 @@ from torch.utils.data import (
 
 from dpopt.training import PrivateTraining
 
+STAND_IN = (0,)
+"""What is handed out for a draw that holds nobody: the first record, which then adds nothing."""
+
 
 class Part(NamedTuple):
-    """A physical batch: `size` of the records of a draw, the `first` or the `last` of its parts."""
+    """A physical batch: `size` of the rows handed out for a draw, the `first` or the `last` of its parts.
+
+    `blank` says that nobody was drawn, and that `rows` stand in.
+    """
 
     draw: int
     size: int
-    drawn: tuple[int, ...]
+    rows: tuple[int, ...]
+    blank: bool
     first: bool
     last: bool
 
@@ -36,6 +40,7 @@ class Part(NamedTuple):
 class PoissonBatches(Sampler[list[int]]):
     """`num_batches` draws an epoch of the run's sampler, each in parts of at most `largest` examples.
 
+    No batch is empty, as little code of models and collate functions knows an empty one: see `StepSum.blank`.
     `parts` describes what the newest iterator has given out, in order: workers fetch ahead of the loop.
     """
 
@@ -49,42 +54,24 @@ class PoissonBatches(Sampler[list[int]]):
         self.parts: deque[Part] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Draw the batches of one epoch; an empty draw is one empty part."""
+        """Draw the batches of one epoch."""
         self.parts = deque()
         return self._draws(self.parts)
 
     def _draws(self, parts: deque[Part]) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
             indices, number = self.training.draw(self.num_records)
-            size = self.largest or max(1, len(indices))
-            for start in range(0, max(1, len(indices)), size):
-                part = indices[start : start + size]
-                last = start + size >= len(indices)
-                parts.append(Part(number, len(part), tuple(indices), start == 0, last))
-                yield part
+            rows = tuple(indices) or STAND_IN
+            size = self.largest or len(rows)
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                last = start + size >= len(rows)
+                parts.append(Part(number, len(part), rows, not indices, start == 0, last))
+                yield list(part)
 
     def __len__(self) -> int:
         """Draws an epoch."""
         return self.num_batches
-
-
-class CollateWithEmpty:
-    """A collate function that also knows the empty batch: the structure of a full one, with 0 rows."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Dataset[Any]) -> None:
-        self.collate = collate
-        self.dataset = dataset
-
-    def __call__(self, examples: list[Any]) -> Any:
-        """Collate `examples`."""
-        if examples:
-            return self.collate(examples)
-        # Only shapes and dtypes of this example are used; its values are cut off.
-        return pytree.tree_map(_no_rows, self.collate([self.dataset[0]]))
-
-
-def _no_rows(value: object) -> object:
-    return value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -108,8 +95,8 @@ class PrivateDataLoader(DataLoader[Any]):
             part = parts.popleft()
             if torch.is_grad_enabled():
                 if part.first:
-                    batches.training.begin(part.draw, len(part.drawn), part.drawn)
-                step.hold, step.num_part = not part.last, part.size
+                    batches.training.begin(part.draw, len(part.rows), part.rows)
+                step.hold, step.num_part, step.blank = not part.last, part.size, part.blank
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(
@@ -155,14 +142,11 @@ def private_loader(
     loader: DataLoader[Any], training: PrivateTraining, *, largest: int | None = None
 ) -> PrivateDataLoader:
     """`loader` with its batches replaced by Poisson draws; collate function and workers stay as they are."""
-    collate = loader.collate_fn
-    if not isinstance(collate, CollateWithEmpty):
-        collate = CollateWithEmpty(collate, loader.dataset)
     num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     return PrivateDataLoader(
         loader.dataset,
         batch_sampler=PoissonBatches(training, num_records, _epoch(training, loader), largest),
-        collate_fn=collate,
+        collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
