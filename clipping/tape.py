@@ -83,6 +83,7 @@ class Tape:
         self._in_root = False
         self._rerunning = False
         self._paused = False
+        self._aside = False
         self.turns = Turns()
         self._origin: Origin | None = None
         self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
@@ -107,7 +108,7 @@ class Tape:
                 module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
             )
         for name, parameter in self.parameters.items():
-            self._hooks.append(parameter.register_hook(Refusal(name)))
+            self._hooks.append(parameter.register_hook(Refusal(name, lambda: not self._aside)))
         HOOK_GUARDS.enter()
         return self
 
@@ -123,7 +124,7 @@ class Tape:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the model on its parameters as constants: gradients reach its inputs, and nothing is recorded."""
-        if self._paused:
+        if self._paused or self._aside:
             raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
         self._paused = True
         try:
@@ -131,10 +132,26 @@ class Tape:
         finally:
             self._paused = False
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Run the model as if no tape were there: nothing is recorded, and autograd writes its parameters' gradients."""
+        if self._paused or self._aside:
+            raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
     @property
     def is_paused(self) -> bool:
         """Whether calls are not recorded now."""
-        return self._paused
+        return self._paused or self._aside
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether the model runs as if no tape were there."""
+        return self._aside
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -158,7 +175,7 @@ class Tape:
     # -- forward ----------------------------------------------------------------------------------------
 
     def _before_root(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._rerunning or not torch.is_grad_enabled() or module is not self.model:
+        if self._rerunning or self._aside or not torch.is_grad_enabled() or module is not self.model:
             return
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
@@ -181,7 +198,8 @@ class Tape:
             self._origin = None
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self._folds.note(block, args, kwargs)
+        if not self._aside:
+            self._folds.note(block, args, kwargs)
 
     def _before(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -189,7 +207,7 @@ class Tape:
         layer = self._by_module.get(id(module))
         if layer is None or layer.module is not module:  # a copy of the model
             return None
-        recording = torch.is_grad_enabled() and not self._rerunning
+        recording = torch.is_grad_enabled() and not self._rerunning and not self._aside
         if not self._frames.begin(layer, recording, self.parameters) or self._paused:
             return None
         return self._expanded(layer, args, kwargs)
@@ -254,10 +272,10 @@ class Tape:
             self._take(call, saved, grads)
 
     def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if self._paused:
+        if self.is_paused:
             raise RuntimeError(
                 f"expected nothing to record while paused; got a backward through layer {call.layer.name!r}, which ran "
-                "before the pause; run the model inside the same paused() block as the backward"
+                "before the pause; run the model inside the same block as the backward"
             )
         if call.in_backward:
             raise RuntimeError(

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipping import Clipper, Contribution, Inputs, fits, per_parameter
+from clipping import Clipper, Contribution, Inputs, Tape, fits, per_parameter
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run, check_estimator, named_estimator
 
@@ -104,6 +104,16 @@ def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             "model's own loss averages over the tokens of the whole batch, so examples rescale each other; compute "
             "dpopt.causal_lm_losses(logits, labels).mean() instead"
         )
+
+
+def refusing_token_labels(model: nn.Module, tape: Tape) -> Callable[..., None]:
+    """That hook for `model` itself while its examples are private: a copy of the model brings a copy of it along."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is model and not tape.is_aside:
+            refuse_token_labels(module, args, kwargs)
+
+    return hook
 
 
 def one_loss(losses: Sequence[Tensor]) -> Tensor:

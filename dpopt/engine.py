@@ -29,15 +29,17 @@ from dpopt.arguments import (
     check_switches,
     estimator_of,
     refuse_scaler,
-    refuse_token_labels,
+    refusing_token_labels,
 )
 from dpopt.budget import Budget
+from dpopt.closures import StepArguments, answered, check_steps
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run
 from dpopt.estimators.prices import priced
 from dpopt.gradients import clear_gradients
 from dpopt.loader import check_loader, private_loader
 from dpopt.mechanisms import GaussianMechanism
+from dpopt.open_runs import OpenRun, refuse_open
 from dpopt.samplers import noise_within, require_sized, sized
 from dpopt.sampling import PoissonSampling, Sampling
 from dpopt.training import PrivateTraining
@@ -219,6 +221,10 @@ class PrivacyEngine:
         """A block in which nothing is recorded and gradients reach inputs only: see `PrivateTraining.paused`."""
         return self.training.paused()
 
+    def public_examples(self) -> AbstractContextManager[None]:
+        """A block of ordinary steps on public examples, without a charge: see `PrivateTraining.public_examples`."""
+        return self.training.public_examples()
+
     def detach(self) -> None:
         """End the run: remove every hook and close the ledger. Model and optimizer are ordinary again."""
         for hook in self._hooks:
@@ -252,7 +258,9 @@ class PrivacyEngine:
                 "expected a fresh engine; got one that already made a model private; use one PrivacyEngine per model"
             )
         check_loader(loader)
+        refuse_open(module)
         check_optimizer(module, optimizer)
+        check_steps(optimizer)
         training = PrivateTraining(
             module,
             estimator=estimator,
@@ -272,8 +280,10 @@ class PrivacyEngine:
         self._training = training.__enter__()
         print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
         self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
-        self._hooks.append(module.register_forward_pre_hook(refuse_token_labels, with_kwargs=True))
+        refusing = refusing_token_labels(module, training.sum.tape)
+        self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
+        self._hooks.append(module.register_forward_pre_hook(OpenRun(module, self.detach)))
         return module, optimizer, private_loader(loader, training)
 
     def _estimator(
@@ -310,22 +320,30 @@ class PrivacyEngine:
         rule = find_accountant(self._accountant, self._relation)
         return noise_within(budget, rule, priced(estimator, sampling, rounds))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer itself
-            raise ValueError(
-                "expected optimizer.step() without a closure; got one, which would look at the batch several times "
-                "per release; call backward() before step()"
-            )
-        refuse_scaler(optimizer)
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepArguments | None:
         step = self.training.sum
+        refuse_scaler(optimizer)
+        if step.tape.is_aside:  # a step on public examples
+            return None
         check_optimizer(self.training.model, optimizer)
+        answer = answered(args, kwargs, list(step.parameters.values()))
         if step.hold:
             clear_gradients(step.parameters.values())
-            return
+        else:
+            self._require_backward()
+            self.training.release()
+        if answer is None:
+            return None
+        answer[1].seal()
+        return answer[0]
+
+    def _require_backward(self) -> None:
+        step = self.training.sum
         if step.num_drawn is not None and step.num_added < step.num_drawn:
             raise RuntimeError(
                 "expected backward() through the private model for every drawn example before optimizer.step(); got "
                 "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
                 "one forward, or one backward for each part, or use BatchMemoryManager"
             )
-        self.training.release()

@@ -77,8 +77,11 @@ class PoissonBatches(Sampler[list[int]]):
 class PrivateDataLoader(DataLoader[Any]):
     """A torch DataLoader over Poisson batches that opens a private step with each draw it hands out.
 
-    Under `torch.no_grad()` it only hands out batches: nothing can be released from them.
+    Under `torch.no_grad()` it only hands out batches: nothing can be released from them. `accelerator.prepare` leaves it
+    as it is, since a copy would not tell which draw is in the loop: move its batches to the device in the loop.
     """
+
+    _is_accelerate_prepared = True
 
     def __iter__(self) -> Any:
         """Yield batches; each is one step's draw, or a part of it."""
@@ -100,9 +103,11 @@ class PrivateDataLoader(DataLoader[Any]):
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(
-                    "expected optimizer.step() on every drawn batch, an empty one included; got the next request "
-                    "before it; skipping a step because of what was drawn would itself tell about the data; wrap a "
-                    "loop that only looks in torch.no_grad()"
+                    "expected optimizer.step() on every drawn batch; got the next request before it; two draws in one step "
+                    "are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "
+                    "data; in place of gradient accumulation give the loader a larger batch_size and cut its batches "
+                    "with BatchMemoryManager (gradient_accumulation_steps=1); wrap a loop that only looks in "
+                    "torch.no_grad()"
                 )
 
     @property
@@ -130,6 +135,12 @@ def check_loader(loader: DataLoader[Any]) -> None:
             "expected a data loader with a batch size and the plain sequential or shuffled order; got sampler "
             f"{type(sampler).__name__} and batch sampler {type(loader.batch_sampler).__name__}, which Poisson "
             "sampling would replace; choose the records with torch.utils.data.Subset instead"
+        )
+    if type(loader).__iter__ not in (DataLoader.__iter__, PrivateDataLoader.__iter__):
+        raise ValueError(
+            f"expected a data loader that iterates as torch's does; got {type(loader).__name__}, whose own __iter__ "
+            "batches of a Poisson draw would not pass; give make_private a plain DataLoader, before accelerator.prepare, "
+            "and do that work in its collate_fn or in the loop"
         )
     if len(loader) == 0:
         raise ValueError(

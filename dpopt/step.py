@@ -230,6 +230,11 @@ class StepSum:
             )
         self.admission.require_whole()
 
+    def require_nothing_pending(self) -> None:
+        """Raise RuntimeError where gradients of private examples wait for their release."""
+        self.require_whole()
+        self.admission.require_none_pending()
+
     def clipped(self, contribution: Contribution | None = None) -> ClippedSum:
         """The clipped sum of the step, handed over: vectors that no example reached are zero.
 
