@@ -147,7 +147,8 @@ def refuse_mixed(found: dict[str, SampleGrads], chosen: int, what: str) -> bool:
             raise MixesExamples(
                 f"expected the {what} of one example to depend on that example alone; got a gradient of parameter "
                 f"{name!r} from another example; look for BatchNorm-like statistics, attention across the batch, "
-                "contrastive or batch-averaged losses, and positions whose first dimension is not the batch"
+                "contrastive or batch-averaged losses, rows that the model sorts (pack with enforce_sorted=False instead), and "
+                "positions whose first dimension is not the batch"
             )
         witnessed = witnessed or bool(reached.any())
     return witnessed

@@ -39,6 +39,7 @@ from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
+from clipping.packed import padded_gradients, refuse_packed
 from clipping.precision import exact_products
 from clipping.rules.generic import BatchDims, Independence, generic, is_floating
 from clipping.rules.registry import Inputs
@@ -239,6 +240,7 @@ class Tape:
         return self._tapped(layer, Inputs(args, kwargs), outputs)
 
     def _tapped(self, layer: Layer, inputs: Inputs, outputs: object) -> object:
+        refuse_packed(layer, inputs)
         out_leaves, out_spec = pytree.tree_flatten(outputs)
         floating = [x for x in out_leaves if is_floating(x)]
         detached, dims = [x.detach() for x in floating], None
@@ -303,6 +305,7 @@ class Tape:
         layer, dims = call.layer, call.dims
         if call.fold is not None:
             inputs, grads = call.fold.unfolded(inputs, grads)
+        grads = padded_gradients(inputs, grads)
         if dims is None:
             inputs, grad = batch_first(inputs, only(layer, grads), self.batch_dim)
             check_batch(record, layer, grad, 0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from clipping import Apart, Collector, MixesExamples, Tape
@@ -103,6 +104,8 @@ class Probing:
 
     def _watch(self, inputs: object, path: pytree.KeyPath, value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+            return value
+        if isinstance(pytree.key_get(inputs, path[:-1]), PackedSequence):  # its rows are positions
             return value
         leaf = value.detach().requires_grad_()
         self.watched.append(Watched(leaf, _places(inputs, path)))
