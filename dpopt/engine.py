@@ -93,6 +93,7 @@ class PrivacyEngine:
         self._insecure_seed = insecure_seed
         self._training: PrivateTraining | None = None
         self._hooks: list[Any] = []
+        self._depth = 0
 
     def make_private(
         self,
@@ -280,6 +281,7 @@ class PrivacyEngine:
         self._training = training.__enter__()
         print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
         self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         refusing = refusing_token_labels(module, training.sum.tape)
         self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
@@ -323,10 +325,22 @@ class PrivacyEngine:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepArguments | None:
-        step = self.training.sum
         refuse_scaler(optimizer)
-        if step.tape.is_aside:  # a step on public examples
+        if self.training.sum.tape.is_aside:  # a step on public examples
             return None
+        # A subclass's step may call that of its class, whose hooks run again; the gradient is in place by then.
+        if self._depth and self.training.sum.num_drawn is None:
+            self._depth += 1
+            return None
+        self._depth = 0
+        given = self._step(optimizer, args, kwargs)
+        self._depth = 1
+        return given
+
+    def _step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepArguments | None:
+        step = self.training.sum
         check_optimizer(self.training.model, optimizer)
         answer = answered(args, kwargs, list(step.parameters.values()))
         if step.hold:
@@ -338,6 +352,9 @@ class PrivacyEngine:
             return None
         answer[1].seal()
         return answer[0]
+
+    def _after_step(self, *_: object) -> None:
+        self._depth = max(0, self._depth - 1)
 
     def _require_backward(self) -> None:
         step = self.training.sum
