@@ -145,6 +145,11 @@ class Tape:
             self._aside = False
 
     @property
+    def anchor(self) -> Tensor:
+        """Stands for all parameters in `backward(inputs=...)`, which otherwise records nothing."""
+        return self._anchor
+
+    @property
     def is_paused(self) -> bool:
         """Whether calls are not recorded now."""
         return self._paused or self._aside

@@ -56,7 +56,10 @@ class Probing:
         try:
             for self.chosen in dict.fromkeys((0, num_examples - 1, num_examples // 2)):
                 if witnesses < 2:
-                    torch.stack([x[self.chosen].sum().real for x in rows]).sum().backward(retain_graph=True)
+                    picked = torch.stack([x[self.chosen].sum().real for x in rows]).sum()
+                    # No further: what lies outside the model would find the probe in its `.grad`.
+                    wanted = [self._tape.anchor, *(x.leaf for x in self.watched)]
+                    picked.backward(retain_graph=True, inputs=wanted)
                     witnesses += self._apart is not None and self._apart.witnessed
             self.done = witnesses == min(2, num_examples)
         finally:

@@ -187,6 +187,29 @@ def test_a_model_of_features_in_a_list_is_still_probed():
     engine.detach()
 
 
+@pytest.mark.parametrize("door", ["explicit", "familiar"])
+def test_the_probe_reaches_nothing_outside_the_model(door):
+    """A generator before the model, or an input that wants a gradient, finds none of the probe in its `.grad`."""
+    model, before = mlp(), nn.Linear(D, D)
+    leaf = torch.randn(8, D, requires_grad=True)
+    if door == "familiar":
+        engine, model, optimizer, loader = familiar(model, noise=1.0)
+        _, labels = next(iter(loader))
+        loss = F.cross_entropy(model(before(leaf)), labels)
+        assert engine.training.sum.probing.done and leaf.grad is None and before.weight.grad is None
+        loss.backward()
+        optimizer.step()
+        engine.detach()
+    else:
+        with explicit(model, noise=1.0) as private:
+            for batch in private.batches(examples(8), steps=1):
+                losses = model(before(leaf)).square().sum(1)
+                private.sum.probing.run([losses])
+                assert private.sum.probing.done and leaf.grad is None and before.weight.grad is None
+                private.accumulate(losses_of(model, batch.examples))
+                private.release()
+
+
 def test_a_sound_model_of_the_library_keeps_its_probe():
     engine, model, optimizer, loader = familiar(mlp(), noise=1.0)
     for inputs, labels in loader:
