@@ -167,7 +167,8 @@ def _lock(fd: int, path: Path) -> None:
     except OSError as error:
         raise LedgerLocked(
             f"the ledger must have one writer; got a second one for {path} ({error}); "
-            "wait for the other run to end, or use read() to look at it"
+            "wait for the other run to end (one of this process: detach() it, or leave its `with` statement), or use "
+            "read() to look at it"
         ) from error
 
 

@@ -8,7 +8,7 @@ from clipping.convolved import Convolved
 from clipping.costs import Choice, Costs, measured
 from clipping.engines import Begin, Clipping, Collector, Gathering, Idle, Sums, explained
 from clipping.errors import MixesExamples, UnrecordedParameter
-from clipping.examine import Apart, examine, probe, refuse_mixed
+from clipping.examine import Apart, examine, fits, probe, refuse_mixed
 from clipping.grads import Dense, SampleGrads
 from clipping.groups import (
     ClipRule,
@@ -73,6 +73,7 @@ __all__ = [
     "cross",
     "examine",
     "explained",
+    "fits",
     "measured",
     "named_clipper",
     "per_adapter",

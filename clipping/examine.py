@@ -91,6 +91,28 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers.update(buffers)
 
 
+def _require_known(table: nn.Module, args: tuple[object, ...]) -> None:
+    """Forward pre-hook of an embedding: on a GPU an index beyond the table is no exception, but ends its context."""
+    assert isinstance(table, nn.Embedding)
+    if any(isinstance(x, Tensor) and x.numel() and int(x.max()) >= table.num_embeddings for x in args):
+        raise IndexError("an index beyond the table")
+
+
+def fits(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether `model` runs on `inputs` at all; nothing is recorded, and buffers and random state stay as they were."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [table.register_forward_pre_hook(_require_known) for table in tables]
+    try:
+        with _undisturbed(model), torch.no_grad():
+            model(*inputs.args, **dict(inputs.kwargs))
+    except Exception:  # whatever a model raises on inputs that are not made for it
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return True
+
+
 def refuse_mixed(found: dict[str, SampleGrads], chosen: int, what: str) -> bool:
     """Raise `MixesExamples` unless the recorded gradients of all examples but `chosen` are exactly zero.
 
@@ -106,7 +128,8 @@ def refuse_mixed(found: dict[str, SampleGrads], chosen: int, what: str) -> bool:
             raise MixesExamples(
                 f"expected the {what} of one example to depend on that example alone; got a gradient of parameter "
                 f"{name!r} from another example; look for BatchNorm-like statistics, attention across the batch, "
-                "contrastive or batch-averaged losses, and positions whose first dimension is not the batch"
+                "contrastive or batch-averaged losses, rows that the model sorts (pack with enforce_sorted=False instead), and "
+                "positions whose first dimension is not the batch"
             )
         witnessed = witnessed or bool(reached.any())
     return witnessed

@@ -135,12 +135,15 @@ class Record:
 
 
 class Refusal(NamedTuple):
-    """The hook on a parameter: any gradient that autograd brings there has bypassed the record."""
+    """The hook on a parameter: any gradient that autograd brings there while `recording` has bypassed the record."""
 
     name: str
+    recording: Callable[[], bool]
 
     def __call__(self, _: Tensor) -> None:
         """Refuse the gradient."""
+        if not self.recording():
+            return
         raise UnrecordedParameter(
             f"expected parameter {self.name!r} to be used only inside the forward of the module that owns it; got "
             "a gradient by another way (used directly, through a functional call, or by a module whose forward is "
@@ -168,9 +171,12 @@ class Tap(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "expected a backward of first order; got create_graph=True, whose second-order terms the record "
-                "does not see; drop create_graph, or compute the penalty on a detached copy of the model"
+                "does not see; drop create_graph, and in place of a penalty on the gradient take one on a difference "
+                "quotient of outputs, (model(x + h * direction) - model(x)) / h"
             )
-        if any(g is not None for g in grads):
+        # torch.autograd.grad for given inputs leaves parameters out, for which the anchor stands: nothing is to record.
+        wanted = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
+        if wanted and any(g is not None for g in grads):
             call: Call = ctx.call
             call.deliver(call, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *(None,) * ctx.num_saved)

@@ -40,6 +40,7 @@ from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
+from clipping.packed import padded_gradients, refuse_packed
 from clipping.precision import exact_products
 from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
@@ -87,6 +88,7 @@ class Tape:
         self._in_root = False
         self._rerunning = False
         self._paused = False
+        self._aside = False
         self.turns = Turns()
         self._origin: Origin | None = None
         self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
@@ -113,7 +115,7 @@ class Tape:
         self._hooks.append(self.model.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
         self._hooks.append(self.model.register_forward_hook(left, always_call=True))
         for name, parameter in self.parameters.items():
-            self._hooks.append(parameter.register_hook(Refusal(name)))
+            self._hooks.append(parameter.register_hook(Refusal(name, lambda: not self._aside)))
         HOOK_GUARDS.enter()
         return self
 
@@ -130,7 +132,7 @@ class Tape:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the model on its parameters as constants: gradients reach its inputs, and nothing is recorded."""
-        if self._paused:
+        if self._paused or self._aside:
             raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
         self._paused = True
         try:
@@ -138,10 +140,31 @@ class Tape:
         finally:
             self._paused = False
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Run the model as if no tape were there: nothing is recorded, and autograd writes its parameters' gradients."""
+        if self._paused or self._aside:
+            raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    @property
+    def anchor(self) -> Tensor:
+        """Stands for all parameters in `backward(inputs=...)`, which otherwise records nothing."""
+        return self._anchor
+
     @property
     def is_paused(self) -> bool:
         """Whether calls are not recorded now."""
-        return self._paused
+        return self._paused or self._aside
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether the model runs as if no tape were there."""
+        return self._aside
 
     @property
     def is_rerunning(self) -> bool:
@@ -174,7 +197,7 @@ class Tape:
     # -- forward ----------------------------------------------------------------------------------------
 
     def _before_root(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._rerunning or not torch.is_grad_enabled() or module is not self.model:
+        if self._rerunning or self._aside or not torch.is_grad_enabled() or module is not self.model:
             return
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
@@ -197,7 +220,8 @@ class Tape:
             self._origin = None
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self._folds.note(block, args, kwargs)
+        if not self._aside:
+            self._folds.note(block, args, kwargs)
 
     def _before(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -205,7 +229,7 @@ class Tape:
         layer = self._by_module.get(id(module))
         if layer is None or layer.module is not module or self._rerunning:  # a copy of the model
             return None
-        recording = torch.is_grad_enabled()
+        recording = torch.is_grad_enabled() and not self._aside
         opening, begun = None, None
         if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
             begun, num_examples = self._opened(layer, args, kwargs)
@@ -291,6 +315,7 @@ class Tape:
         return self._tapped(ended.layer, Inputs(args, kwargs), outputs, kept)
 
     def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, kept: Kept | None) -> object:
+        refuse_packed(layer, inputs)
         out_leaves, out_structure = flatten(outputs)
         floating = [x for x in out_leaves if isinstance(x, Tensor) and is_floating(x)]
         detached, dims = [x.detach() for x in floating], None
@@ -323,10 +348,10 @@ class Tape:
             self._take(call, saved, grads)
 
     def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if self._paused:
+        if self.is_paused:
             raise RuntimeError(
                 f"expected nothing to record while paused; got a backward through layer {call.layer.name!r}, which ran "
-                "before the pause; run the model inside the same paused() block as the backward"
+                "before the pause; run the model inside the same block as the backward"
             )
         if call.in_backward:
             raise RuntimeError(
@@ -357,6 +382,7 @@ class Tape:
         layer, dims = call.layer, call.dims
         if call.fold is not None:
             inputs, grads = call.fold.unfolded(inputs, grads)
+        grads = padded_gradients(inputs, grads)
         if dims is None:
             inputs, grad = batch_first(inputs, only(layer, grads), self.batch_dim)
             check_batch(record, layer, grad, 0)

@@ -43,8 +43,8 @@ class Turns:
         if origin.turn is not self._turn:
             raise RuntimeError(
                 "expected losses of the batch drawn last; got a backward through a forward that ran before that batch "
-                "was drawn, whose examples this step does not account for; run the model after the draw, and detach "
-                "what is carried over from earlier batches"
+                "was drawn, whose examples this step does not account for, or before a public step, which moved the "
+                "weights; run the model after it, and detach what is carried over from earlier batches"
             )
         if unit is None:
             return

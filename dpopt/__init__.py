@@ -35,6 +35,7 @@ from dpopt.filtered import AdaptiveBudget
 from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
+from dpopt.open_runs import detach
 from dpopt.optimizers import AdamBC, Averaged, noise_std_of
 from dpopt.sampling import Batch, FixedSizeSampling, PoissonSampling, TruncatedPoissonSampling, poisson
 from dpopt.training import PrivateTraining
@@ -76,6 +77,7 @@ __all__ = [
     "Users",
     "by_component",
     "causal_lm_losses",
+    "detach",
     "epsilon",
     "examine",
     "noise_multiplier",

@@ -34,7 +34,7 @@ class Admission:
             raise RuntimeError(
                 "expected the last batch to be released before the next one; got one whose gradients are pending; "
                 "release each batch by itself (two independent draws in one step are not one Poisson draw), or "
-                "call discard() to give it up"
+                "call discard() to give it up, as after an interrupted cell"
             )
         self.num_drawn = num_drawn
         self.drawn = None if records is None else frozenset(records)
@@ -84,8 +84,10 @@ class Admission:
         counted = num_examples if self._kept is None else self._kept
         if self.num_added + counted > (self.num_drawn or 0):
             raise RuntimeError(
-                "expected each drawn example once per step; got more examples than were drawn, which would break "
-                "the sensitivity; after a failed or repeated backward call discard() and run the whole batch again; "
+                "expected each drawn example once per step; got more rows than were drawn, which would break the "
+                "sensitivity; send several losses of the same examples back as one sum, or inside same_examples(); an attack "
+                "on the inputs, or a generator's loss, inside paused(); public examples in a step of their own, inside "
+                "public_examples(); after a failed or repeated backward call discard() and run the whole batch again; "
                 "where users are drawn, join the records of each into one example"
             )
         self.num_added += counted
@@ -113,7 +115,9 @@ class Admission:
         if self.num_drawn is None:
             raise RuntimeError(
                 "expected a backward on a batch that the private sampler drew; got one outside a step; take the "
-                "examples from batches(...) or from the private data loader, and use torch.no_grad() elsewhere"
+                "examples from batches(...) or from the private data loader itself (not from a copy that another library "
+                "made of it), train on public examples inside public_examples(), send gradients to inputs or to a "
+                "generator inside paused(), and use torch.no_grad() to look"
             )
 
     def require_ended(self) -> None:
@@ -122,6 +126,14 @@ class Admission:
             raise RuntimeError(
                 "expected release() on every drawn batch, an empty one included; got the next request before "
                 "it; skipping a step because of what was drawn would itself tell about the data"
+            )
+
+    def require_none_pending(self) -> None:
+        """Raise RuntimeError where examples have come and were not released."""
+        if self.num_added > 0:
+            raise RuntimeError(
+                "expected no private gradients to be pending where public examples begin; got some, which would be taken "
+                "at other weights than the rest of their batch; take the private step first, or call discard()"
             )
 
     def require_whole(self) -> None:

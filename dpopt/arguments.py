@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipping import Clipper, Contribution, Inputs, per_parameter
+from clipping import Clipper, Contribution, Inputs, Tape, fits, per_parameter
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run, check_estimator, named_estimator
 
@@ -106,6 +106,16 @@ def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         )
 
 
+def refusing_token_labels(model: nn.Module, tape: Tape) -> Callable[..., None]:
+    """That hook for `model` itself while its examples are private: a copy of the model brings a copy of it along."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is model and not tape.is_aside:
+            refuse_token_labels(module, args, kwargs)
+
+    return hook
+
+
 def one_loss(losses: Sequence[Tensor]) -> Tensor:
     """(B,): the sum of losses of the same B examples."""
     shapes = [tuple(x.shape) for x in losses]
@@ -118,12 +128,24 @@ def one_loss(losses: Sequence[Tensor]) -> Tensor:
 
 
 def model_inputs(given: Tensor | tuple | Mapping[str, object] | None, model: nn.Module) -> Inputs | None:
-    """What the probe at construction feeds the model: `given`, or what a transformers model brings, or nothing."""
+    """What the probe at construction feeds the model: `given`, or what a transformers model brings, or nothing.
+
+    What it brings is three token sequences, whatever the model is: where they do not fit (a model of images or sounds,
+    one with a decoder or a tiny vocabulary), there is nothing, and the probe waits for the first batch.
+    """
     if isinstance(given, Mapping):
         return Inputs((), given)
     if given is not None:
         return Inputs(given if isinstance(given, tuple) else (given,), {})
-    dummy = getattr(model, "dummy_inputs", None)
+    dummy = _dummy_inputs(model)
+    return dummy if dummy is not None and fits(model, dummy) else None
+
+
+def _dummy_inputs(model: nn.Module) -> Inputs | None:
+    try:
+        dummy = getattr(model, "dummy_inputs", None)
+    except Exception:  # a property, which may ask for settings that this model has not
+        return None
     if not isinstance(dummy, Mapping) or "input_ids" not in dummy:
         return None
     device = next(model.parameters()).device

@@ -8,7 +8,7 @@ then steps. Model, optimizer and loss stay the user's own objects.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from dpopt.arguments import (
     check_switches,
     estimator_of,
     refuse_scaler,
-    refuse_token_labels,
+    refusing_token_labels,
 )
 from dpopt.budget import Budget
+from dpopt.closures import StepArguments, answered, check_steps
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run
 from dpopt.estimators.prices import priced
 from dpopt.gradients import clear_gradients
 from dpopt.loader import check_loader, private_loader
 from dpopt.mechanisms import GaussianMechanism
+from dpopt.open_runs import OpenRun, refuse_open
 from dpopt.samplers import noise_within, require_sized, sized
 from dpopt.sampling import PoissonSampling, Sampling
 from dpopt.training import PrivateTraining
@@ -91,6 +93,7 @@ class PrivacyEngine:
         self._insecure_seed = insecure_seed
         self._training: PrivateTraining | None = None
         self._hooks: list[Any] = []
+        self._depth = 0
 
     def make_private(
         self,
@@ -109,6 +112,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """Return (module, optimizer, loader), the first two as given.
 
@@ -118,7 +122,8 @@ class PrivacyEngine:
         estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". Its guarantee is printed.
         `grad_sample_mode` and `wrap_model` are
         accepted and change nothing: one engine serves all modes, and nothing is wrapped. A `criterion` is only
-        asked whether it reduces as `loss_reduction` says.
+        asked whether it reduces as `loss_reduction` says. With `example_inputs` (at least 2 examples, as the model takes
+        them) the model is probed now, else on its first batches.
         """
         check_switches(
             poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
@@ -127,7 +132,7 @@ class PrivacyEngine:
         estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise_multiplier),
-            estimator, 0 if batch_first else 1, loss_reduction, None,
+            estimator, 0 if batch_first else 1, loss_reduction, None, example_inputs,
         )  # fmt: skip
 
     def make_private_with_epsilon(
@@ -149,6 +154,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """`make_private` with the least noise that keeps `epochs` epochs within (target_epsilon, target_delta).
 
@@ -163,7 +169,7 @@ class PrivacyEngine:
         return self._attach(
             module, optimizer, data_loader, GaussianMechanism(noise),
             estimator, 0 if batch_first else 1, loss_reduction,
-            Budget(target_epsilon, target_delta),
+            Budget(target_epsilon, target_delta), example_inputs,
         )  # fmt: skip
 
     def get_epsilon(self, delta: float) -> float:
@@ -216,6 +222,10 @@ class PrivacyEngine:
         """A block in which nothing is recorded and gradients reach inputs only: see `PrivateTraining.paused`."""
         return self.training.paused()
 
+    def public_examples(self) -> AbstractContextManager[None]:
+        """A block of ordinary steps on public examples, without a charge: see `PrivateTraining.public_examples`."""
+        return self.training.public_examples()
+
     def detach(self) -> None:
         """End the run: remove every hook and close the ledger. Model and optimizer are ordinary again."""
         for hook in self._hooks:
@@ -242,13 +252,16 @@ class PrivacyEngine:
         batch_dim: int,
         loss_reduction: str,
         budget: Budget | None,
+        example_inputs: Tensor | tuple | Mapping[str, object] | None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         if self._training is not None:
             raise RuntimeError(
                 "expected a fresh engine; got one that already made a model private; use one PrivacyEngine per model"
             )
         check_loader(loader)
+        refuse_open(module)
         check_optimizer(module, optimizer)
+        check_steps(optimizer)
         training = PrivateTraining(
             module,
             estimator=estimator,
@@ -258,6 +271,7 @@ class PrivacyEngine:
             ledger=self._ledger,
             accountant_name=self._accountant,
             relation=self._relation,
+            example_inputs=example_inputs,
             batch_dim=batch_dim,
             mean_losses=loss_reduction == "mean",
             randomness=self._randomness,
@@ -267,8 +281,11 @@ class PrivacyEngine:
         self._training = training.__enter__()
         print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
         self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
-        self._hooks.append(module.register_forward_pre_hook(refuse_token_labels, with_kwargs=True))
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        refusing = refusing_token_labels(module, training.sum.tape)
+        self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
+        self._hooks.append(module.register_forward_pre_hook(OpenRun(module, self.detach)))
         return module, optimizer, private_loader(loader, training)
 
     def _estimator(
@@ -305,22 +322,45 @@ class PrivacyEngine:
         rule = find_accountant(self._accountant, self._relation)
         return noise_within(budget, rule, priced(estimator, sampling, rounds))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer itself
-            raise ValueError(
-                "expected optimizer.step() without a closure; got one, which would look at the batch several times "
-                "per release; call backward() before step()"
-            )
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepArguments | None:
         refuse_scaler(optimizer)
+        if self.training.sum.tape.is_aside:  # a step on public examples
+            return None
+        # A subclass's step may call that of its class, whose hooks run again; the gradient is in place by then.
+        if self._depth and self.training.sum.num_drawn is None:
+            self._depth += 1
+            return None
+        self._depth = 0
+        given = self._step(optimizer, args, kwargs)
+        self._depth = 1
+        return given
+
+    def _step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepArguments | None:
         step = self.training.sum
         check_optimizer(self.training.model, optimizer)
+        answer = answered(args, kwargs, list(step.parameters.values()))
         if step.hold:
             clear_gradients(step.parameters.values())
-            return
+        else:
+            self._require_backward()
+            self.training.release()
+        if answer is None:
+            return None
+        answer[1].seal()
+        return answer[0]
+
+    def _after_step(self, *_: object) -> None:
+        self._depth = max(0, self._depth - 1)
+
+    def _require_backward(self) -> None:
+        step = self.training.sum
         if step.num_drawn is not None and step.num_added < step.num_drawn:
             raise RuntimeError(
                 "expected backward() through the private model for every drawn example before optimizer.step(); got "
                 "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
                 "one forward, or one backward for each part, or use BatchMemoryManager"
             )
-        self.training.release()

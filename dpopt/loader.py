@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -22,13 +19,20 @@ from torch.utils.data import (
 
 from dpopt.training import PrivateTraining
 
+STAND_IN = (0,)
+"""What is handed out for a draw that holds nobody: the first record, which then adds nothing."""
+
 
 class Part(NamedTuple):
-    """A physical batch: `size` of the records of a draw, the `first` or the `last` of its parts."""
+    """A physical batch: `size` of the rows handed out for a draw, the `first` or the `last` of its parts.
+
+    `blank` says that nobody was drawn, and that `rows` stand in.
+    """
 
     draw: int
     size: int
-    drawn: tuple[int, ...]
+    rows: tuple[int, ...]
+    blank: bool
     first: bool
     last: bool
 
@@ -36,6 +40,7 @@ class Part(NamedTuple):
 class PoissonBatches(Sampler[list[int]]):
     """`num_batches` draws an epoch of the run's sampler, each in parts of at most `largest` examples.
 
+    No batch is empty, as little code of models and collate functions knows an empty one: see `StepSum.blank`.
     `parts` describes what the newest iterator has given out, in order: workers fetch ahead of the loop.
     """
 
@@ -49,49 +54,34 @@ class PoissonBatches(Sampler[list[int]]):
         self.parts: deque[Part] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Draw the batches of one epoch; an empty draw is one empty part."""
+        """Draw the batches of one epoch."""
         self.parts = deque()
         return self._draws(self.parts)
 
     def _draws(self, parts: deque[Part]) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
             indices, number = self.training.draw(self.num_records)
-            size = self.largest or max(1, len(indices))
-            for start in range(0, max(1, len(indices)), size):
-                part = indices[start : start + size]
-                last = start + size >= len(indices)
-                parts.append(Part(number, len(part), tuple(indices), start == 0, last))
-                yield part
+            rows = tuple(indices) or STAND_IN
+            size = self.largest or len(rows)
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                last = start + size >= len(rows)
+                parts.append(Part(number, len(part), rows, not indices, start == 0, last))
+                yield list(part)
 
     def __len__(self) -> int:
         """Draws an epoch."""
         return self.num_batches
 
 
-class CollateWithEmpty:
-    """A collate function that also knows the empty batch: the structure of a full one, with 0 rows."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Dataset[Any]) -> None:
-        self.collate = collate
-        self.dataset = dataset
-
-    def __call__(self, examples: list[Any]) -> Any:
-        """Collate `examples`."""
-        if examples:
-            return self.collate(examples)
-        # Only shapes and dtypes of this example are used; its values are cut off.
-        return pytree.tree_map(_no_rows, self.collate([self.dataset[0]]))
-
-
-def _no_rows(value: object) -> object:
-    return value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
 class PrivateDataLoader(DataLoader[Any]):
     """A torch DataLoader over Poisson batches that opens a private step with each draw it hands out.
 
-    Under `torch.no_grad()` it only hands out batches: nothing can be released from them.
+    Under `torch.no_grad()` it only hands out batches: nothing can be released from them. `accelerator.prepare` leaves it
+    as it is, since a copy would not tell which draw is in the loop: move its batches to the device in the loop.
     """
+
+    _is_accelerate_prepared = True
 
     def __iter__(self) -> Any:
         """Yield batches; each is one step's draw, or a part of it."""
@@ -108,14 +98,16 @@ class PrivateDataLoader(DataLoader[Any]):
             part = parts.popleft()
             if torch.is_grad_enabled():
                 if part.first:
-                    batches.training.begin(part.draw, len(part.drawn), part.drawn)
-                step.hold, step.num_part = not part.last, part.size
+                    batches.training.begin(part.draw, len(part.rows), part.rows)
+                step.hold, step.num_part, step.blank = not part.last, part.size, part.blank
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(
-                    "expected optimizer.step() on every drawn batch, an empty one included; got the next request "
-                    "before it; skipping a step because of what was drawn would itself tell about the data; wrap a "
-                    "loop that only looks in torch.no_grad()"
+                    "expected optimizer.step() on every drawn batch; got the next request before it; two draws in one step "
+                    "are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "
+                    "data; in place of gradient accumulation over batches (gradient_accumulation_steps=1) give the loader "
+                    "a larger batch_size, and call backward() on parts of each batch before one step(), or cut it with "
+                    "BatchMemoryManager; wrap a loop that only looks in torch.no_grad()"
                 )
 
     @property
@@ -144,6 +136,12 @@ def check_loader(loader: DataLoader[Any]) -> None:
             f"{type(sampler).__name__} and batch sampler {type(loader.batch_sampler).__name__}, which Poisson "
             "sampling would replace; choose the records with torch.utils.data.Subset instead"
         )
+    if type(loader).__iter__ not in (DataLoader.__iter__, PrivateDataLoader.__iter__):
+        raise ValueError(
+            f"expected a data loader that iterates as torch's does; got {type(loader).__name__}, whose own __iter__ "
+            "batches of a Poisson draw would not pass; give make_private a plain DataLoader, before accelerator.prepare, "
+            "and do that work in its collate_fn or in the loop"
+        )
     if len(loader) == 0:
         raise ValueError(
             "expected at least one batch an epoch; got a data loader of length 0, which gives no sampling rate; add "
@@ -155,14 +153,11 @@ def private_loader(
     loader: DataLoader[Any], training: PrivateTraining, *, largest: int | None = None
 ) -> PrivateDataLoader:
     """`loader` with its batches replaced by Poisson draws; collate function and workers stay as they are."""
-    collate = loader.collate_fn
-    if not isinstance(collate, CollateWithEmpty):
-        collate = CollateWithEmpty(collate, loader.dataset)
     num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     return PrivateDataLoader(
         loader.dataset,
         batch_sampler=PoissonBatches(training, num_records, _epoch(training, loader), largest),
-        collate_fn=collate,
+        collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,

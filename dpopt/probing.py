@@ -7,16 +7,25 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from clipping import Apart, Collector, MixesExamples, Tape
 
 DUE = frozenset((1, 2, 10, 100, 1000, 10_000))
 """The batches of a run on which the probe is due."""
+
+
+class Watched(NamedTuple):
+    """An input of the model: a leaf, and its (index, length) in each sequence around it."""
+
+    leaf: Tensor
+    places: tuple[tuple[int, int], ...]
 
 
 class Probing:
@@ -31,7 +40,7 @@ class Probing:
         self.done = False
         self.num_batches = 0
         self.chosen: int | None = None
-        self.watched: list[Tensor] = []
+        self.watched: list[Watched] = []
         self._tape = tape
         self._part = part
         self._home = id(tape.model)
@@ -47,7 +56,10 @@ class Probing:
         try:
             for self.chosen in dict.fromkeys((0, num_examples - 1, num_examples // 2)):
                 if witnesses < 2:
-                    torch.stack([x[self.chosen].sum().real for x in rows]).sum().backward(retain_graph=True)
+                    picked = torch.stack([x[self.chosen].sum().real for x in rows]).sum()
+                    # No further: what lies outside the model would find the probe in its `.grad`.
+                    wanted = [self._tape.anchor, *(x.leaf for x in self.watched)]
+                    picked.backward(retain_graph=True, inputs=wanted)
                     witnesses += self._apart is not None and self._apart.witnessed
             self.done = witnesses == min(2, num_examples)
         finally:
@@ -75,23 +87,32 @@ class Probing:
         if not self._wanted(model):
             return None
         self.watched = []
-        return pytree.tree_map(self._watch, (args, kwargs))
+        return pytree.tree_map_with_path(partial(self._watch, (args, kwargs)), (args, kwargs))
 
     def probe_outputs(self, model: nn.Module, _: Any, outputs: object) -> None:
         """Forward hook of the model: probe its outputs for a part, where a dimension is clearly the batch."""
         part = self._part()
         if not self._wanted(model) or part is None or part < 2:
             return
-        leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+
+        def is_each(
+            value: object,
+        ) -> bool:  # a list of one thing for each example, whose tensors are of one example
+            return isinstance(value, list) and len(value) == part
+
+        found = pytree.tree_leaves(outputs, is_leaf=is_each)
+        leaves = [x for x in found if isinstance(x, Tensor) and x.requires_grad]
         rows = [x for leaf in leaves if (x := self._batch_first(leaf, part)) is not None]
         if rows:
             self.run(rows)
 
-    def _watch(self, value: object) -> object:
+    def _watch(self, inputs: object, path: pytree.KeyPath, value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
             return value
+        if isinstance(pytree.key_get(inputs, path[:-1]), PackedSequence):  # its rows are positions
+            return value
         leaf = value.detach().requires_grad_()
-        self.watched.append(leaf)
+        self.watched.append(Watched(leaf, _places(inputs, path)))
         return leaf.clone()  # no leaf: the model may change it in place
 
     def _wanted(self, model: nn.Module) -> bool:
@@ -107,11 +128,22 @@ class Probing:
     def _refuse_inputs(self, num_examples: int) -> None:
         chosen = (self.chosen or 0) % max(1, num_examples)
         others = [i for i in range(num_examples) if i != chosen]
-        for leaf in self.watched:
-            rows = None if leaf.grad is None else self._batch_first(leaf.grad, num_examples)
-            leaf.grad = None
-            if rows is not None and bool((rows[others].abs() > 0).any()):
+        for leaf, places in self.watched:
+            grad, leaf.grad = leaf.grad, None
+            if grad is None:
+                continue
+            rows = self._batch_first(grad, num_examples)
+            # A sequence as long as the batch is wide may be of one example: no reading may be an innocent one.
+            readings = [] if rows is None else [rows[others]]
+            readings += [grad if i != chosen else grad[:0] for i, size in places if size == num_examples]
+            if readings and all(bool((x.abs() > 0).any()) for x in readings):
                 raise MixesExamples(
                     "expected the output or loss of one example to depend on that example alone; got one that "
                     "depends on another example's input; look for inputs centred or scaled by the batch"
                 )
+
+
+def _places(inputs: object, path: pytree.KeyPath) -> tuple[tuple[int, int], ...]:
+    """(index, length) of each sequence within an argument that leads to the leaf at `path` of (args, kwargs)."""
+    steps = [(i, key) for i, key in enumerate(path) if i > 1 and isinstance(key, pytree.SequenceKey)]
+    return tuple((key.idx, len(pytree.key_get(inputs, path[:i]))) for i, key in steps)

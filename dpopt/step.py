@@ -45,7 +45,9 @@ class StepSum:
     `mean` says that each backward starts from the mean of its examples' losses (else from their sum).
     `two_pass` runs two backwards for each loss: norms, then sums, so that no output gradient is held.
     `contribution` is what each example adds, until `begin` gives another stage. `hold` says that more parts of the
-    drawn batch are to come; `num_part` is the size of the part handed out last.
+    drawn batch are to come; `num_part` is the size of the part handed out last. `blank` says that nobody was drawn, and
+    that the rows handed out stand in: they go through every check that examples go through, so that nothing is
+    accepted or refused by the luck of a draw, and are dropped where examples would be clipped.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class StepSum:
         self.admission = Admission()
         self.hold = False
         self.num_part = 0
+        self.blank = False
         self.probing = Probing(self.tape, lambda: None if self.num_drawn is None else self.num_part)
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
@@ -138,7 +141,7 @@ class StepSum:
         """Leave the step."""
         self.discard()
         self.admission.end()
-        self.hold = False
+        self.hold = self.blank = False
         self._held = self._merging = None
         self.tape.turns.renew()
 
@@ -211,7 +214,7 @@ class StepSum:
             self._running = replace(self._running, contribution=contribution)
 
     def _backward(self, loss: Tensor) -> None:
-        if not self.two_pass or self._merging is not None or self._held is not None:
+        if not self.two_pass or self.blank or self._merging is not None or self._held is not None:
             loss.backward()
             return
         self._measuring = Measuring(self._running)
@@ -226,6 +229,11 @@ class StepSum:
                 "clipped nothing yet; call it after the block"
             )
         self.admission.require_whole()
+
+    def require_nothing_pending(self) -> None:
+        """Raise RuntimeError where gradients of private examples wait for their release."""
+        self.require_whole()
+        self.admission.require_none_pending()
 
     def clipped(self, contribution: Contribution | None = None) -> ClippedSum:
         """The clipped sum of the step, handed over: vectors that no example reached are zero.
@@ -286,9 +294,22 @@ class StepSum:
         return self._measuring
 
     def _collector(self, idle: Idle) -> Collector:
+        """What clips and adds the examples of one backward.
+
+        Guarantees
+        ----------
+        Rows that stand in for a draw of nobody add exactly nothing, to any sum, count or memory, whatever their
+        gradient (test_guarantee_the_row_of_an_empty_draw_adds_nothing).
+        """
+        if self.blank:
+            return Gathering(self._drop, object())
         if self._held is not None:
             return Gathering(self._hold, object())
         return Clipping(self._running, idle, self.admission.admit)
+
+    def _drop(self, found: dict[str, SampleGrads], num_examples: int) -> None:
+        self.admission.admit(num_examples)
+        self.admission.admit(None)
 
     def _hold(self, found: dict[str, SampleGrads], num_examples: int) -> None:
         self.admission.admit(num_examples)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from dpopt.estimators.releases import mechanism_of, release, scaled
 from dpopt.filtered import AdaptiveBudget, FilteredPayments
 from dpopt.gradients import write_gradients
 from dpopt.mechanisms import Mechanism
+from dpopt.open_runs import refuse_open
 from dpopt.payments import Payments
 from dpopt.rounds import Draw
 from dpopt.sampling import Batch, Records, Sampling
@@ -136,6 +138,7 @@ class PrivateTraining:
 
     def __enter__(self) -> PrivateTraining:
         """Open the ledger, check the budget, clear every `.grad` and start recording."""
+        refuse_open(self.model)
         self._begun = None
         self._drawn_by = self.sampling
         if self._account.was_open:
@@ -146,7 +149,7 @@ class PrivateTraining:
         ledger = self._account.open(self._prices.at(0))
         try:
             self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
-            self._watch.attach()
+            self._watch.attach(partial(self.__exit__, None, None, None))
         except BaseException:
             ledger.close()
             raise
@@ -296,6 +299,34 @@ class PrivateTraining:
         generator's samples are; where the inputs are private examples, these gradients tell about them.
         """
         return self.sum.tape.paused()
+
+    @contextmanager
+    def public_examples(self) -> Iterator[None]:
+        """A block in which the model is an ordinary one, for steps on public examples between private ones.
+
+        Autograd writes gradients as it always does, and any optimizer steps on them: no charge, no clipping, no noise.
+        What is run in the block is declared public by whoever runs it, and nothing can check that: an example of
+        the private dataset there would be released as it is. `.grad` is added to as usual: zero it first, unless
+        the gradient that was released last is meant to be part of the step.
+
+        Raises RuntimeError where private gradients are pending, or buffers were changed by a private forward.
+
+        Guarantees
+        ----------
+        Given the releases before it, what the block does is a function of public examples alone: it is post-processing,
+        and costs nothing. No gradient of a private example enters it: none is pending when it begins, and a
+        forward from outside cannot be sent back inside, nor one from before it afterwards
+        (test_guarantee_public_examples_and_private_ones_never_share_a_step).
+
+            with private.public_examples():
+                optimizer.zero_grad()
+                criterion(model(public_inputs), public_labels).backward()
+                optimizer.step()
+        """
+        unchanged.require_open(self._open)
+        self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
+        with self._watch.public_examples():
+            yield
 
     def explain(self) -> str:
         """A table of the layers: how each parameter's norm and sum were computed last, and why. Public numbers."""

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
+from dpopt.open_runs import OpenRun
 from dpopt.step import StepSum
 
 
@@ -20,24 +23,45 @@ class Watch:
         self._model = model
         self._step = step
         self._pid = os.getpid()
-        self._probe: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._buffers: dict[str, Tensor] = {}
 
-    def attach(self) -> None:
-        """Note the buffers, clear every `.grad`, and start recording."""
-        buffers = unchanged.persistent_buffers(self._model)
-        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    def attach(self, end: Callable[[], None]) -> None:
+        """Note the buffers, clear every `.grad`, and start recording; `end` ends the run."""
+        self._note_buffers()
         # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         probing = self._step.probing
-        self._probe = self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True)
+        self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
+        self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
 
     def detach(self) -> None:
         """Remove every hook."""
-        if self._probe is not None:
-            self._probe.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._step.tape.detach()
+
+    @contextmanager
+    def public_examples(self) -> Iterator[None]:
+        """A block in which the model is an ordinary one; see `PrivateTraining.public_examples`."""
+        self._step.require_nothing_pending()
+        # Written by a private forward, they would be taken for public from here on.
+        unchanged.refuse_changed_buffers(self._buffers, self._model)
+        try:
+            with self._step.tape.set_aside():
+                yield
+        except BaseException:
+            clear_gradients(self._model.parameters())
+            raise
+        finally:
+            self._note_buffers()
+            self._step.tape.turns.renew()
+
+    def _note_buffers(self) -> None:
+        buffers = unchanged.persistent_buffers(self._model)
+        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
     def check(self) -> None:
         """Raise RuntimeError in a forked process, or where parameters or buffers are no longer what they were."""

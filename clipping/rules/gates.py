@@ -40,11 +40,15 @@ class Cell(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a cell saw, time first: inputs (T, B, D), states before each position (T, B, P), the first c (B, H)."""
+    """What a cell saw, time first: inputs (T, B, D), states before each position (T, B, P), the first c (B, H).
+
+    `last` (B,) is the last position of each example where they differ: what comes behind it is padding, without gradient.
+    """
 
     inputs: Tensor
     before: Tensor
     first_c: Tensor | None
+    last: Tensor | None = None
 
 
 class Steps(NamedTuple):
@@ -120,10 +124,13 @@ def lstm_backward(cell: Cell, run: Run, grad: Tensor, last_c: Tensor | None) -> 
     factors = (g * i * (1 - i), before_c * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o))
     weight, projection = widen(cast(Tensor, cell.get("weight_hh"))), cell.get("weight_hr")
     projection = None if projection is None else widen(projection)
-    total, grad_c = widen(grad).clone(), torch.zeros_like(c) if last_c is None else widen(last_c).clone()
+    given_c = torch.zeros_like(c) if last_c is None else widen(last_c)
+    total, grad_c = widen(grad).clone(), given_c.clone() if run.last is None else torch.zeros_like(c)
     gates = i.new_empty(*i.shape[:2], 4, i.shape[2])
     stacked = torch.stack(factors, 2)
     for t in range(len(total) - 1, -1, -1):
+        if run.last is not None:
+            grad_c.addcmul_(given_c, (run.last == t).unsqueeze(1).to(given_c.dtype))
         hidden = total[t] if projection is None else total[t] @ projection
         grad_c.addcmul_(hidden, to_c[t])
         torch.mul(stacked[t, :, :3], grad_c.unsqueeze(1), out=gates[t, :, :3])

@@ -15,9 +15,10 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from clipping.grads import SampleGrads, widen
+from clipping.packed import padded
 from clipping.rules.gates import BACKWARD, Cell, Run, collect
 from clipping.rules.registry import Inputs, batch_first, rule
 
@@ -37,15 +38,14 @@ _FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def layer_batch_dims(layer: nn.Module, inputs: Inputs, outputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Outputs have the batch where `batch_first` says, states in dimension 1; raises where no rule can serve."""
+    """Outputs have the batch where `batch_first` says, states and packed outputs in dimension 1.
+
+    Raises where no rule can serve.
+    """
     assert isinstance(layer, nn.RNNBase)
     given = inputs.named(layer)["input"]
-    if isinstance(given, PackedSequence):
-        raise TypeError(
-            f"expected padded tensors (B, T, D) at {type(layer).__name__}; got a PackedSequence, whose rows are not "
-            "the examples; pass the padded batch, and take each example's last position by its length"
-        )
-    if not isinstance(given, Tensor) or given.dim() != 3:
+    packed = isinstance(given, PackedSequence)  # its gradients come as (T, B, P): see clipping.packed
+    if not packed and (not isinstance(given, Tensor) or given.dim() != 3):
         shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
             f"expected a batch of sequences in three dimensions at {type(layer).__name__}; got {shape}, a single "
@@ -57,39 +57,70 @@ def layer_batch_dims(layer: nn.Module, inputs: Inputs, outputs: Sequence[Tensor]
             "masks the rule cannot draw again; stack single layers with nn.Dropout between them, or set its "
             "`dropout` to 0"
         )
-    return (0 if layer.batch_first else 1, 1, 1)[: len(outputs)]
+    return (0 if layer.batch_first and not packed else 1, 1, 1)[: len(outputs)]
 
 
-def _first_states(layer: nn.RNNBase, inputs: Inputs, num_examples: int) -> State:
+class _Sequences(NamedTuple):
+    """The inputs of a level, time first (T, B, D), and the lengths (B,) of the examples where they differ (on the CPU)."""
+
+    values: Tensor
+    lengths: Tensor | None
+
+    def reversed(self, values: Tensor) -> Tensor:
+        """`values` (T, B, ...) of these sequences, each one's positions in reverse order; padding stays behind."""
+        if self.lengths is None:
+            return values.flip(0)
+        time = torch.arange(values.shape[0]).unsqueeze(1)
+        place = torch.where(time < self.lengths, self.lengths - 1 - time, time).to(values.device)
+        return values.gather(0, place.unsqueeze(2).expand_as(values))
+
+    @property
+    def last(self) -> Tensor | None:
+        """(B,): the last position of each example where they differ."""
+        return None if self.lengths is None else (self.lengths - 1).to(self.values.device)
+
+
+def _sequences(layer: nn.RNNBase, inputs: Inputs) -> _Sequences:
+    given = inputs.named(layer)["input"]
+    if isinstance(given, PackedSequence):
+        return _Sequences(*pad_packed_sequence(given))
+    assert isinstance(given, Tensor)
+    return _Sequences(given.transpose(0, 1) if layer.batch_first else given, None)
+
+
+def _first_states(layer: nn.RNNBase, inputs: Inputs, values: Tensor) -> State:
     """States before the first position, (layers * directions, B, P) and for LSTM (layers * directions, B, H)."""
     given = inputs.named(layer)["hx"]
     if given is not None:
         return (given,) if isinstance(given, Tensor) else tuple(cast(State, given))
-    lead = layer.num_layers * (2 if layer.bidirectional else 1), num_examples
-    h = inputs.first.new_zeros(*lead, layer.proj_size or layer.hidden_size)
-    return (h, inputs.first.new_zeros(*lead, layer.hidden_size)) if layer.mode == "LSTM" else (h,)
+    lead = layer.num_layers * (2 if layer.bidirectional else 1), values.shape[1]
+    h = values.new_zeros(*lead, layer.proj_size or layer.hidden_size)
+    return (h, values.new_zeros(*lead, layer.hidden_size)) if layer.mode == "LSTM" else (h,)
 
 
-def _run_layer(layer: nn.RNNBase, level: int, values: Tensor, states: State) -> Tensor:
+def _run_layer(layer: nn.RNNBase, level: int, sequences: _Sequences, states: State) -> Tensor:
     """(T, B, directions * P): the outputs of one level of the stack, by the fused kernel."""
     suffixes = _suffixes(layer, level)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     found = [Cell(layer, suffix).get(name) for suffix in suffixes for name in names]
-    weights = [x.to(values.dtype) for x in found if x is not None]
+    weights = [x.to(sequences.values.dtype) for x in found if x is not None]
     picked = tuple(x[level * len(suffixes) : (level + 1) * len(suffixes)].contiguous() for x in states)
-    state = picked if layer.mode == "LSTM" else picked[0]
-    return _FUSED[layer.mode](values, state, weights, layer.bias, 1, 0.0, False, layer.bidirectional, False)[
-        0
-    ]
+    kernel, setting = _FUSED[layer.mode], (layer.bias, 1, 0.0, False, layer.bidirectional)
+    if sequences.lengths is None:
+        return kernel(sequences.values, _state(layer, picked), weights, *setting, False)[0]
+    packed = pack_padded_sequence(sequences.values, sequences.lengths, enforce_sorted=False)
+    assert packed.sorted_indices is not None
+    state = _state(layer, tuple(x.index_select(1, packed.sorted_indices) for x in picked))
+    return padded(packed, kernel(packed.data, packed.batch_sizes, state, weights, *setting)[0])
+
+
+def _state(layer: nn.RNNBase, states: State) -> State | Tensor:
+    return states if layer.mode == "LSTM" else states[0]
 
 
 def _suffixes(layer: nn.RNNBase, level: int) -> tuple[str, ...]:
     forward = f"_l{level}"
     return (forward, f"{forward}_reverse") if layer.bidirectional else (forward,)
-
-
-def _in_time(values: Tensor, direction: int) -> Tensor:
-    return values.flip(0) if direction else values
 
 
 class _Level(NamedTuple):
@@ -99,66 +130,73 @@ class _Level(NamedTuple):
     runs: tuple[Run, ...]
 
 
-def _replayed(layer: nn.RNNBase, values: Tensor, states: State) -> list[_Level]:
+def _replayed(layer: nn.RNNBase, sequences: _Sequences, states: State) -> list[_Level]:
     """What each cell of the stack saw, given the stack's inputs (T, B, D)."""
     levels: list[_Level] = []
     for index in range(layer.num_layers):
-        outputs = _run_layer(layer, index, values, states)
+        outputs = _run_layer(layer, index, sequences, states)
         cells = tuple(Cell(layer, suffix) for suffix in _suffixes(layer, index))
         runs = []
         for direction, part in enumerate(outputs.chunk(len(cells), -1)):
-            place = index * len(cells) + direction
-            part = _in_time(part, direction)
+            place, values = index * len(cells) + direction, sequences.values
+            if direction:
+                part, values = sequences.reversed(part), sequences.reversed(values)
             before = torch.cat((states[0][place].unsqueeze(0).to(part.dtype), part[:-1]))
             first_c = states[1][place] if layer.mode == "LSTM" else None
-            runs.append(Run(_in_time(values, direction), before, first_c))
+            runs.append(Run(values, before, first_c, sequences.last))
         levels.append(_Level(cells, tuple(runs)))
-        values = outputs
+        sequences = sequences._replace(values=outputs)
     return levels
 
 
-def _add_last(grad: Tensor, last: Tensor | None) -> Tensor:
-    if last is None:
+def _add_last(grad: Tensor, given: Tensor | None, last: Tensor | None) -> Tensor:
+    if given is None:
         return grad
     grad = grad.clone()
-    grad[-1] += last
+    if last is None:
+        grad[-1] += given
+    else:
+        grad[last, torch.arange(len(last), device=last.device)] += given
     return grad
 
 
 @rule(nn.LSTM, nn.GRU, nn.RNN, parameters=("weight_*", "bias_*"), batch_dims=layer_batch_dims)
 def recurrent(layer: nn.Module, inputs: Inputs, grads: Sequence[Tensor | None]) -> dict[str, SampleGrads]:
-    """`nn.LSTM`, `nn.GRU`, `nn.RNN`: stacked, bidirectional, projected, with or without a first state."""
+    """`nn.LSTM`, `nn.GRU`, `nn.RNN`: stacked, bidirectional, projected, packed, with or without a first state."""
     assert isinstance(layer, nn.RNNBase)
-    values = inputs.first.transpose(0, 1) if layer.batch_first else inputs.first
+    sequences = _sequences(layer, inputs)
+    output, *last = grads
+    if output is not None and layer.batch_first and sequences.lengths is None:
+        output = output.transpose(0, 1)
     with torch.autocast(
-        values.device.type, enabled=False
+        sequences.values.device.type, enabled=False
     ):  # one dtype for the states that a kernel gave back
-        values = values.to(cast(Tensor, layer._parameters["weight_ih_l0"]).dtype)
-        states = tuple(x.to(values.dtype) for x in _first_states(layer, inputs, values.shape[1]))
-        return _stack_grads(layer, values, states, grads)
+        values = sequences.values.to(cast(Tensor, layer._parameters["weight_ih_l0"]).dtype)
+        states = tuple(x.to(values.dtype) for x in _first_states(layer, inputs, values))
+        return _stack_grads(layer, sequences._replace(values=values), states, (output, *last))
 
 
 def _stack_grads(
-    layer: nn.RNNBase, values: Tensor, states: State, grads: Sequence[Tensor | None]
+    layer: nn.RNNBase, sequences: _Sequences, states: State, grads: Sequence[Tensor | None]
 ) -> dict[str, SampleGrads]:
-    levels = _replayed(layer, values, states)
+    """`grads` are those of the output, time first (T, B, directions * P), and of the last states."""
+    levels = _replayed(layer, sequences, states)
     output, last_h, last_c = (*grads, None)[:3]
-    width = (layer.proj_size or layer.hidden_size) * len(levels[0].cells)
     if output is None:
-        output = widen(values.new_zeros(*values.shape[:2], width))
-    elif layer.batch_first:
-        output = output.transpose(0, 1)
+        width = (layer.proj_size or layer.hidden_size) * len(levels[0].cells)
+        output = sequences.values.new_zeros(*sequences.values.shape[:2], width)
     grad, found = widen(output), {}
     for index, (cells, runs) in reversed(list(enumerate(levels))):
         below = None
         for direction, part in enumerate(grad.chunk(len(cells), -1)):
             place, cell, run = index * len(cells) + direction, cells[direction], runs[direction]
             h, c = (None if x is None else widen(x[place]) for x in (last_h, last_c))
-            steps = BACKWARD[layer.mode](cell, run, _add_last(_in_time(part, direction), h), c)
+            part = sequences.reversed(part) if direction else part
+            steps = BACKWARD[layer.mode](cell, run, _add_last(part, h, run.last), c)
             found.update(collect(cell, run, steps))
             if index > 0:
-                weight = widen(cast(Tensor, cell.get("weight_ih")))
-                sent = _in_time(steps.from_inputs @ weight, direction)
+                sent = steps.from_inputs @ widen(cast(Tensor, cell.get("weight_ih")))
+                sent = sequences.reversed(sent) if direction else sent
                 below = sent if below is None else below + sent
         grad = grad if below is None else below
     return found

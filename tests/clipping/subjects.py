@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from clipping import (
@@ -99,6 +100,10 @@ def cast(inputs: tuple | dict, dtype: torch.dtype) -> tuple | dict:
 
 def real(*shape: int) -> Callable[[int], tuple]:
     return lambda n: (torch.randn(n, *shape, dtype=torch.float64),)
+
+
+def uneven(n: int) -> tuple:
+    return (*real(T, D)(n), 1 + 2 * torch.arange(n) % T)
 
 
 def ids(n: int) -> tuple:
@@ -520,6 +525,21 @@ class Recurrent(nn.Module):
         return (mixed, *(s.transpose(0, 1) for s in last))
 
 
+class Packed(Recurrent):
+    """The same on sequences of different lengths, without their padding."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        given = x if self.batch_first else x.transpose(0, 1)
+        packed = pack_padded_sequence(
+            given, lengths.cpu(), batch_first=self.batch_first, enforce_sorted=False
+        )
+        out, last = self.inner(packed, self.states(x))
+        out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        last = last if isinstance(last, tuple) else (last,)
+        mixed = self.head(out) if out.shape[-1] == self.head.in_features else out
+        return (mixed, *(s.transpose(0, 1) for s in last))
+
+
 class Cells(nn.Module):
     """A recurrent cell at each position, from no state and from its own."""
 
@@ -741,6 +761,15 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "RNN, tanh": Subject(lambda: Recurrent(nn.RNN, num_layers=2, first=True, bidirectional=True), real(T, D)),
     "RNN, relu": Subject(lambda: Recurrent(nn.RNN, nonlinearity="relu", batch_first=True), real(T, D)),
+    "LSTM, packed, stacked both ways": Subject(
+        lambda: Packed(nn.LSTM, num_layers=2, bidirectional=True, first=True), uneven
+    ),
+    "LSTM, packed and projected": Subject(
+        lambda: Packed(nn.LSTM, num_layers=2, proj_size=3, batch_first=True, bidirectional=True), uneven
+    ),
+    "GRU, packed both ways": Subject(
+        lambda: Packed(nn.GRU, num_layers=2, batch_first=True, bidirectional=True, first=True), uneven
+    ),
     "LSTM cell": Subject(lambda: Cells(nn.LSTMCell), real(T, D)),
     "GRU cell": Subject(lambda: Cells(nn.GRUCell, bias=False), real(T, D)),
     "RNN cells": Subject(lambda: Cells(nn.RNNCell, nonlinearity="relu"), real(T, D)),

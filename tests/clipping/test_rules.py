@@ -5,7 +5,7 @@ import pytest
 import torch
 from subjects import SUBJECTS, Recorder, clipped_by_hand, example_gradients, mixtral, squares
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from clipping import Dense, FlatClipper, Inputs, MixesExamples, Outer, Routed, examine, rule
@@ -15,8 +15,8 @@ from clipping.rules.registry import batch_first
 B, T, D = 4, 3, 8
 
 
-def recorded(model):
-    return Recorder(model, FlatClipper(1e6))
+def recorded(model, clip_norm=1e6):
+    return Recorder(model, FlatClipper(clip_norm))
 
 
 def untouched(model):
@@ -211,6 +211,56 @@ def test_recurrent_layers_keep_their_weights_after_a_failure(build):
     assert model._flat_weights is flat
 
 
+PACKINGS = {
+    "sorted": ((3, 2, 2, 1), {}),
+    "in any order": ((2, 3, 1, 2), {"enforce_sorted": False}),
+    "of one length": ((3, 3, 3, 3), {}),
+    "of one position": ((1, 1, 1, 1), {"enforce_sorted": False}),
+}
+
+
+@pytest.mark.parametrize("lengths", PACKINGS)
+@pytest.mark.parametrize("used", ["outputs", "states", "all"])
+@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_are_those_without_their_padding(build, used, lengths):
+    """Each example's gradient is that of its own sequence alone, unpadded."""
+    torch.manual_seed(0)
+    lengths, options = PACKINGS[lengths]
+    model = build(D, 6, num_layers=2, bidirectional=True, batch_first=True).double()
+    x = torch.randn(B, T, D, dtype=torch.float64)
+
+    def loss(given):
+        out, last = model(given)
+        last = last if isinstance(last, tuple) else (last,)
+        kept = {"outputs": [out], "states": last, "all": [out, *last]}[used]
+        return sum((x.data if isinstance(x, PackedSequence) else x).square().sum() for x in kept)
+
+    expected = {}
+    for row, length in zip(x, lengths, strict=True):
+        found = torch.autograd.grad(loss(row[None, :length]), list(model.parameters()))
+        norm = torch.sqrt(sum(g.square().sum() for g in found))
+        for (name, _), g in zip(model.named_parameters(), found, strict=True):
+            expected[name] = expected.get(name, 0) + g * min(1.0, 0.5 / float(norm))
+    packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, **options)
+    with recorded(model, 0.5) as recorder:
+        loss(packed).backward()
+    assert recorder.sizes == [B]
+    for name, value in recorder.total().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
+
+
+def test_an_infinite_sequence_of_a_packed_batch_spoils_no_other():
+    model = nn.LSTM(D, 6, bidirectional=True)
+    x = torch.randn(T, B, D)
+    with recorded(model, 0.5) as recorder:
+        model(pack_padded_sequence(x[:, :3], [3, 2, 1], enforce_sorted=True))[0].data.sum().backward()
+    x[1, 3] = torch.inf
+    with recorded(model, 0.5) as other:
+        model(pack_padded_sequence(x, [3, 2, 1, 2], enforce_sorted=False))[0].data.sum().backward()
+    for name, value in other.total().items():
+        torch.testing.assert_close(value, recorder.total()[name])
+
+
 class Recomputed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -234,8 +284,21 @@ def test_recurrence_and_attention_in_checkpoints():
 # -- what the rules refuse --------------------------------------------------------------------------------------
 
 
-def packed(model):
-    return model(pack_padded_sequence(torch.randn(B, T, D), torch.tensor([3, 2, 2, 1]), batch_first=True))
+class Owning(nn.Module):
+    """A module without a rule, given a packed sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        return x.data * self.scale
+
+
+def packed(model, lengths=(3, 2, 2, 1), **options):
+    return model(
+        pack_padded_sequence(torch.randn(B, T, D), torch.tensor(lengths), batch_first=True, **options)
+    )
 
 
 def attends(x):
@@ -243,7 +306,7 @@ def attends(x):
 
 
 REFUSED = {
-    "packed": (lambda: nn.LSTM(D, 6, batch_first=True), packed, TypeError, r"padded tensors .*; got a PackedSequence, .*pass the padded batch"),
+    "packed": (Owning, packed, TypeError, r"padded tensors .*; got a PackedSequence, .*to nn.LSTM, nn.GRU or nn.RNN only"),
     "one sequence": (lambda: nn.GRU(D, 6), lambda m: m(torch.randn(T, D)), ValueError, r"got \(3, 8\), a single sequence .*unsqueeze"),
     "dropout": (lambda: nn.LSTM(D, 6, 2, dropout=0.1), lambda m: m(torch.randn(T, B, D)), ValueError, r"without dropout between its layers; got dropout=0.1, .*nn.Dropout between"),
     "one cell input": (lambda: nn.LSTMCell(D, 6), lambda m: m(torch.randn(D)), ValueError, r"inputs \(B, D\) at LSTMCell; got \(8,\), .*unsqueeze"),

@@ -55,18 +55,20 @@ def test_the_batch_memory_manager_left_in_the_middle():
         BatchMemoryManager(data_loader=loader, max_physical_batch_size=0, optimizer=optimizer)
 
 
-def test_empty_batches_are_steps_of_noise():
+def test_every_draw_is_a_step_of_noise_and_no_batch_is_empty():
     dataset = examples(30)
     engine, model, optimizer, loader = familiar(dataset=dataset, batch_size=1, noise=1.0)
-    sizes = []
+    sizes, blanks = [], []
     for inputs, labels in loader:
         sizes.append(len(inputs))
+        blanks.append(engine.training.sum.blank)
         assert inputs.shape[1:] == (D,) and labels.dtype == torch.int64
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
         assert all(p.grad.any() and p.grad.isfinite().all() for p in model.parameters())
-    assert 0 in sizes and engine.training.ledger.num_charges == len(sizes) == 30
+    assert all(sizes) and any(blanks) and not all(blanks)  # see test_blank_draws
+    assert engine.training.ledger.num_charges == len(sizes) == 30
 
 
 @pytest.mark.parametrize("physical", [None, 2])
