@@ -136,6 +136,11 @@ class Tape:
         """Whether calls are not recorded now."""
         return self._paused
 
+    @property
+    def num_examples_seen(self) -> int | None:
+        """The size of the batch that the model was called with last, None where it took no tensor."""
+        return self._batch_hint
+
     def __enter__(self) -> Tape:
         """Attach."""
         return self.attach()

@@ -110,6 +110,8 @@ class PrivateDataLoader(DataLoader[Any]):
                 if part.first:
                     batches.training.begin(part.draw, len(part.drawn), part.drawn)
                 step.hold, step.num_part = not part.last, part.size
+                if step.checks is not None:
+                    step.checks.hand_out(batch, part.size, first=part.first)
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(
