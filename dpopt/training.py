@@ -302,6 +302,7 @@ class PrivateTraining:
         step.checks = LossChecks(
             step.tape,
             mean=step.sums.mean,
+            whole=getattr(self.sampling, "sampling_rate", 0) == 1,
             ready=lambda: step.num_drawn is not None and step.probing.chosen is None,
         ).attach()
 

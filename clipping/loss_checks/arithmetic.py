@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import Tensor
 
 from clipping.loss_checks.layout import Layout
@@ -117,7 +118,7 @@ def joined(facts: Facts, operation: Operation, first: State, second: State) -> S
         if isinstance(state, Unproven):
             return state
     if isinstance(first, Total) or isinstance(second, Total):
-        return _sum_of_totals(operation, first, second)
+        return _sum_of_totals(facts, operation, first, second)
     if isinstance(first, Alone) and isinstance(second, Alone):
         return _united(facts, operation, first.factors, second.factors)
     if isinstance(first, Alone) and second is None:
@@ -133,18 +134,17 @@ def joined(facts: Facts, operation: Operation, first: State, second: State) -> S
     return Rows(place, known[0])
 
 
-def _sum_of_totals(operation: Operation, first: State, second: State) -> State:
-    sizes = [s for s, state in zip(operation.shapes, operation.states, strict=True) if isinstance(state, Total)]
-    if any(size is not None and prod(size) != prod(operation.out) for size in sizes):
-        return unproven(operation, "copies of a sum over the examples", shown=False)
+def _sum_of_totals(facts: Facts, operation: Operation, first: State, second: State) -> State:
     if isinstance(first, Total) and isinstance(second, Total):
         return Total(first.factors + second.factors)
     other = second if isinstance(first, Total) else first
     if other is not None:
         return unproven(
-            operation, "a mean or sum over the batch added to each example's loss", shown=False,
+            operation, "a mean or sum over the batch added to what each example gives", shown=facts.tracing,
             remedy="take the mean of each term before adding them",
         )  # fmt: skip
+    if copied(operation):
+        return copies(facts, operation)
     known = first if isinstance(first, Total) else second
     assert isinstance(known, Total)
     return Total(known.factors)
@@ -169,6 +169,13 @@ def complete(facts: Facts, factors: Mapping[int, Factor]) -> State:
     if len(factors) == facts.num_examples and len(set(factors.values())) == 1:
         return Total((next(iter(factors.values())),), len(factors))
     return Alone(factors)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a number of Python's, which reaches the graph as a tensor without dimensions."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.dim() == 0 and value.device.type == "cpu" and value.dtype in (torch.float64, torch.int64)
 
 
 def _number(value: object) -> float | Tensor | None:
@@ -223,11 +230,16 @@ def _mean(facts: Facts, total: Total, count: float) -> Total:
 
 def _weighted(facts: Facts, operation: Operation, state: State, value: object, *, divide: bool) -> State:
     """`state` times a constant, or over one."""
+    if isinstance(state, Total) and copied(operation):
+        return copies(facts, operation)
     if facts.tracing:
         return state if not isinstance(state, Total) else Total(state.factors)
-    if isinstance(state, Total) and _copied(operation):
-        return unproven(operation, "copies of a sum over the examples", shown=False)
+    if facts.num_examples == 1 and not _is_plain(value):
+        facts.unclear = True  # a number for every example, or that of the one
+        return state
     number = _number(value)
+    if isinstance(number, float) and not number.is_integer() and number in facts.read:
+        return unproven(operation, "a number that was read from the batch, as by .item()")
     if isinstance(number, Tensor):
         if facts.mean and isinstance(state, Total) and any(f.power == 0 for f in state.factors):
             number = float(number)
@@ -247,12 +259,19 @@ def as_count(facts: Facts, state: State, number: float) -> Factor:
         times = 1 / (abs(number) * facts.num_examples)
         if times >= 0.999 and abs(times - round(times)) < 1e-5 * times:
             return Factor(number * facts.num_examples, -1)
+    facts.sized = facts.sized or (facts.num_examples > 1 and abs(number) * facts.num_examples == 1)
     return Factor(number)
 
 
-def _copied(operation: Operation) -> bool:
+def copied(operation: Operation) -> bool:
+    """Whether a sum over the examples is copied, by broadcasting, into more elements than it has."""
     sizes = (s for s, x in zip(operation.shapes, operation.states, strict=True) if isinstance(x, Total))
     return any(size is not None and prod(size) != prod(operation.out) for size in sizes)
+
+
+def copies(facts: Facts, operation: Operation) -> Unproven:
+    """What comes of that: each example may get a copy of what all give."""
+    return unproven(operation, "copies of a sum over the examples", shown=facts.tracing)
 
 
 def _remember(facts: Facts, state: State, value: object) -> None:

@@ -54,13 +54,14 @@ class LossReport:
 class LossChecks:
     """Looks at every backward of a run before it begins; see the package for what is checked and what cannot be.
 
-    `mean` says that losses are means. `ready` tells whether a backward now would count: a step is open, and nothing
+    `mean` says that losses are means, `whole` that every batch is the whole dataset. `ready` tells whether a backward now would count: a step is open, and nothing
     probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
     """
 
-    def __init__(self, tape: Tape, *, mean: bool, ready: Callable[[], bool]) -> None:
+    def __init__(self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]) -> None:
         self._tape = tape
         self._mean = mean
+        self._whole = whole
         self._ready = ready
         self._constants = Constants()
         self._provenance = Provenance()
@@ -176,7 +177,7 @@ class LossChecks:
             self._look(roots, grads)
 
     def _look(self, roots: Sequence[Any], grads: Sequence[Any]) -> None:
-        facts = Facts(mean=self._mean)
+        facts = Facts(mean=self._mean, read=self._provenance.read)
         lookup = self._provenance.made if self._provenance.on else None
         walk = Walk(facts, self._tape.batch_dim, lookup, self._order)
         states = [_rooted(walk, root, grad) for root, grad in zip(roots, grads, strict=True)]
@@ -201,14 +202,16 @@ class LossChecks:
     def _judge(self, walk: Walk, facts: Facts, states: Sequence[State]) -> None:
         found = Total(())
         for state in states:
-            if facts.num_examples == 1 and not isinstance(state, Total):
-                continue  # nothing to keep apart
-            if self._trusting and isinstance(state, Unproven) and not state.shown:
+            alone = facts.num_examples == 1 and isinstance(state, Rows | Unproven)  # nothing to keep apart
+            if alone or (self._trusting and isinstance(state, Unproven) and not state.shown):
+                facts.unclear = True
                 continue
             found = Total(found.factors + required(facts, state).factors)
+        if facts.sized and self._whole and not self._trusting:
+            refuse_mixing(Unproven("a mean that is divided by the number of examples once more", shown=False))
         self._flags += facts.flags
         self._counts[self._trusting] += 1
-        if not self._trusting:
+        if not self._trusting and not facts.unclear:
             self._constants.require(walk.names, facts, found)
 
 

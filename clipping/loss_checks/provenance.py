@@ -9,7 +9,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -33,6 +33,18 @@ def _place(value: Tensor) -> _Place:
     return value.storage_offset(), tuple(value.shape), tuple(value.stride())
 
 
+def _joined(views: Iterable[State]) -> Unproven | None:
+    """What a memory is that holds parts of these kinds: mixed, or nothing that is known."""
+    orders = set()
+    for state in views:
+        if isinstance(state, Unproven):
+            return state
+        if isinstance(state, Rows):
+            orders.add(state.layout.order)
+    mixed = "rows of different examples written into one tensor"
+    return Unproven(mixed, shown=True) if len(orders) > 1 else None
+
+
 class Seen:
     """What is known of tensors, as long as their memory lives: views of one storage are told apart by their shape."""
 
@@ -44,20 +56,19 @@ class Seen:
         found = self._views(value)
         if not found:
             return None
-        mixed = next((s for s in found.values() if isinstance(s, Unproven)), None)
-        return found.get(_place(value), mixed)
+        known = found.get(_place(value))
+        return _joined(found.values()) if known is None else known
 
     def put(self, value: Tensor, state: State, *, written: bool = False) -> None:
         """Note the state of `value`; where its memory was `written` to and is mixed now, so are its other views."""
         found = self._views(value)
         if found is None:
             return
-        if written and isinstance(state, Unproven):
+        found[_place(value)] = state
+        mixed = _joined(found.values()) if written else None
+        if mixed is not None:
             found.clear()
-        if state is None:
-            found.pop(_place(value), None)
-        else:
-            found[_place(value)] = state
+            found[_place(value)] = mixed
 
     def _views(self, value: Tensor) -> dict[_Place, State] | None:
         if value.layout != torch.strided or value.is_nested:
@@ -94,6 +105,8 @@ class Provenance(TorchDispatchMode):
         super().__init__()
         self.seen = Seen()
         self.facts = Facts(tracing=True)
+        self.read: set[float] = set()
+        """Numbers that the loop read from the batch."""
         self._inside = 0
         self._on = False
 
@@ -111,6 +124,7 @@ class Provenance(TorchDispatchMode):
     def start(self, batch: object, num_examples: int, batch_dim: int) -> None:
         """Follow a batch from here on."""
         self.stop()
+        self.read.clear()
         self.facts = Facts(tracing=True, num_examples=num_examples)
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, Tensor):
@@ -162,6 +176,8 @@ class Provenance(TorchDispatchMode):
                 seen = any(s is not None for s in states)
                 state = self._state(call, name, states, result, which) if seen else None
                 self.seen.put(result, state, written=call.writes)
+            elif isinstance(result, float) and any(state is not None for state in states):
+                self.read.add(result)
 
     def _state(
         self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int

@@ -8,7 +8,7 @@ not known to keep examples apart.
 from __future__ import annotations
 
 from clipping.loss_checks import arithmetic, loss_functions, reductions, selection, structure
-from clipping.loss_checks.state import Facts, Operation, Rule, State
+from clipping.loss_checks.state import Facts, Operation, Rule, State, Unproven, unproven
 
 _ELEMENTWISE = """
 abs acos acosh addcdiv addcmul angle asin asinh atan atan2 atanh bernoulli bitwise_and bitwise_not bitwise_or ceil celu
@@ -46,8 +46,16 @@ new_empty_strided fill zero normal uniform exponential random
 """.split()
 
 
+_COLLECTED = "bincount histc histogram unique unique2 unique_dim unique_consecutive".split()
+
+
 def _independent(_: Facts, __: Operation) -> State:
     return None
+
+
+def _collected(_: Facts, operation: Operation) -> State:
+    mixed = next((s for s in operation.states if isinstance(s, Unproven)), None)
+    return mixed or unproven(operation, "a count over the examples of the batch")
 
 
 def _key(name: str) -> str:
@@ -60,6 +68,7 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
     (structure.viewed_as, _VIEWED),
     (loss_functions.batch_first, _BATCH_FIRST),
     (_independent, _FRESH),
+    (_collected, _COLLECTED),
     (arithmetic.unchanged, "clone to_copy to alias detach lift_fresh lift contiguous positive conj_physical real".split()),
     (arithmetic.negated, ["neg"]),
     (arithmetic.added, "add sub rsub".split()),
@@ -73,12 +82,14 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
     (structure.repeated, ["repeat"]),
     (structure.part_of, "select slice split split_with_sizes unsafe_split unbind narrow".split()),
     (structure.concatenated, ["cat", "stack"]),
-    (structure.flipped, "flip roll constant_pad_nd".split()),
+    (structure.padded, ["constant_pad_nd"]),
+    (structure.moved, ["flip", "roll"]),
     (structure.gathered_by, "gather scatter scatter_add".split()),
     (selection.indexed, ["index", "index_select"]),
     (selection.masked, ["masked_select"]),
     (selection.assigned, ["index_put"]),
     (selection.looked_up, ["embedding"]),
+    (selection.distances, ["cdist", "cdist_forward", "euclidean_dist"]),
     (selection.matrix_product, "mm bmm mv dot addmm baddbmm addmv".split()),
     (
         loss_functions.reduced_elementwise,

@@ -131,6 +131,24 @@ def _rows_chosen(
     return Rows(layout.at(at), state.factor)
 
 
+def distances(facts: Facts, operation: Operation) -> State:
+    """`cdist` of (..., P, D) and (..., R, D): as the product of the first and the second transposed."""
+    left, right = operation.states[:2]
+    a, b = operation.shapes[:2]
+    if isinstance(right, Rows) and b is not None:
+        last = len(b) - 1
+        swapped = {last: last - 1, last - 1: last}
+        right = Rows(right.layout.at(swapped.get(right.layout.dim, right.layout.dim)), right.factor)
+        b = (*b[:-2], b[-1], b[-2])
+    for state in (left, right):
+        if isinstance(state, Rows):
+            facts.settled(state.factor)
+    found = matrix_product(facts, operation._replace(states=(left, right), shapes=(a, b)))
+    if isinstance(found, Total):
+        return unproven(operation, "distances over the examples of the batch")
+    return Rows(found.layout) if isinstance(found, Rows) else found
+
+
 def matrix_product(facts: Facts, operation: Operation) -> State:
     """`mm`, `bmm`, `mv`, `dot`; with a summand before them, `addmm`, `baddbmm`, `addmv`."""
     skip = len(operation.states) - 2

@@ -6,7 +6,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,7 +83,8 @@ class Facts:
 
     `mean` says that the loss is said to be a mean. `tracing`: operations are followed as they run, so that saved
     numbers need no look. `constants` must be the same in every batch, and so must `tensors`, which are looked at later.
-    `flags` must be false: what a device would have to be stopped for is asked at the end of the step.
+    `flags` must be false: what a device would have to be stopped for is asked at the end of the step. `read` are numbers
+    that the loop read from the batch. `sized`: the loss was divided by the number of examples beside the mean. `unclear`: there is one example, and a number may be its own.
     """
 
     mean: bool = True
@@ -92,6 +93,9 @@ class Facts:
     constants: list[float] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     flags: list[Tensor] = field(default_factory=list)
+    read: Container[float] = ()
+    sized: bool = False
+    unclear: bool = False
 
     def settled(self, factor: Factor) -> Factor:
         """ONE, after what is not linear: the factor becomes a constant inside each example's loss."""

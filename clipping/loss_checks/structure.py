@@ -7,12 +7,11 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
-from clipping.loss_checks.arithmetic import aligned, complete, elementwise
+from clipping.loss_checks.arithmetic import aligned, complete, copied, copies, elementwise
 from clipping.loss_checks.layout import Layout, permuted, selected, sliced, viewed
 from clipping.loss_checks.state import (
     Alone,
@@ -66,8 +65,8 @@ def permuted_by(_: Facts, operation: Operation) -> State:
 def expanded(facts: Facts, operation: Operation) -> State:
     """`expand`: copies of what is there."""
     state, shape = operation.states[0], operation.shapes[0]
-    if isinstance(state, Total) and shape is not None and prod(shape) != prod(operation.out):
-        return unproven(operation, "copies of a sum over the examples", shown=False)
+    if isinstance(state, Total) and copied(operation):
+        return copies(facts, operation)
     if not isinstance(state, Rows) or shape is None:
         return state
     layout = state.layout.at(state.layout.dim + len(operation.out) - len(shape))
@@ -79,7 +78,7 @@ def repeated(facts: Facts, operation: Operation) -> State:
     """`repeat`: each example as often as the others."""
     state, shape = operation.states[0], operation.shapes[0]
     if not isinstance(state, Rows) or shape is None:
-        return state if not isinstance(state, Total) else unproven(operation, "copies of a sum", shown=False)
+        return copies(facts, operation) if isinstance(state, Total) else state
     layout = state.layout.at(state.layout.dim + len(operation.out) - len(shape))
     times = operation.out[layout.dim] // layout.size(facts.num_examples)
     return Rows(layout._replace(outer=layout.outer * times), state.factor)
@@ -98,6 +97,8 @@ def part_of(facts: Facts, operation: Operation) -> State:
     if gone:
         return _one(facts, operation, state, _index(operation))
     start, step = _start(operation, shape[dim]), operation.get("step")
+    if operation.out[dim] == 1 and layout.size(facts.num_examples) == facts.num_examples > 1:
+        return _one(facts, operation, state, start)
     found = sliced(layout, facts.num_examples, start, operation.out[dim])
     if found is None or step not in (None, 1):
         return unproven(operation, "a part of the examples, chosen by their place", shown=False)
@@ -188,16 +189,32 @@ def _gathered(facts: Facts, operation: Operation, dim: int) -> State:
     return Alone(factors)
 
 
-def flipped(facts: Facts, operation: Operation) -> State:
-    """`flip`, `roll`, `pad` and the like along dimensions that are not the examples'."""
+def padded(facts: Facts, operation: Operation) -> State:
+    """`constant_pad_nd` along dimensions that are not the examples'."""
     state, shape = operation.states[0], operation.shapes[0]
     if not isinstance(state, Rows) or shape is None:
         return state
-    dims = operation.get("dims")
-    touched = isinstance(dims, Sequence) and state.layout.dim in {int(d) % len(shape) for d in dims}
-    if touched or operation.out[state.layout.dim] != shape[state.layout.dim]:
-        return unproven(operation, "examples moved to another place", shown=False)
+    if operation.out[state.layout.dim] != shape[state.layout.dim]:
+        return unproven(operation, "rows of the examples beside rows of something else", shown=False)
     return state
+
+
+def moved(facts: Facts, operation: Operation) -> State:
+    """`flip` and `roll`: along the examples they change places."""
+    state, shape = operation.states[0], operation.shapes[0]
+    if not isinstance(state, Rows) or shape is None:
+        return state
+    dims, shifts = operation.get("dims"), operation.get("shifts")
+    places = [int(d) % len(shape) for d in dims] if isinstance(dims, Sequence) else []
+    if places and state.layout.dim not in places:
+        return state
+    index = torch.arange(shape[state.layout.dim])
+    if not isinstance(shifts, Sequence):
+        index = index.flip(0)
+    elif places:
+        index = index.roll(int(shifts[places.index(state.layout.dim)]))
+    layout = selected(state.layout, facts.num_examples, index) if places else None
+    return _rows(operation, layout, state.factor)
 
 
 def gathered_by(facts: Facts, operation: Operation) -> State:
