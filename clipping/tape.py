@@ -175,6 +175,11 @@ class Tape:
         """Prove again, at their next call, that modules without a rule keep examples apart."""
         self._unruled.doubt()
 
+    @property
+    def num_examples_seen(self) -> int | None:
+        """The size of the batch that the model was called with last, None where it took no tensor."""
+        return self._batch_hint
+
     def __enter__(self) -> Tape:
         """Attach."""
         return self.attach()

@@ -22,6 +22,7 @@ from accountants import ADD_REMOVE
 from accountants import accountant as find_accountant
 from accountants.calibrate import noise_multiplier as calibrate
 from accountants.relations import check_relation
+from clipping.loss_checks import LossChecks, LossReport
 from dpopt.arguments import (
     ScalerMark,
     check_optimizer,
@@ -208,7 +209,41 @@ class PrivacyEngine:
         dataset, for those that remember each record: let the dataset's items carry them, as a collate function may
         change the order.
         """
-        self.training.evaluate(loss, records=records)
+        with self._checks.trusting():
+            self.training.evaluate(loss, records=records)
+
+    def backward(self, losses: Tensor) -> None:
+        """The backward of `losses`, shape (B,): one loss for each example, each normalised by that example alone.
+
+        In place of `loss.backward()`, and of the mean or sum before it: for language models, whose mean over tokens
+        divides each example by the tokens of all, for weighted classes, and for every other loss that
+        `loss.backward()` refuses. A factor may follow a public schedule. Raises MixesExamples where something was
+        seen to bring examples together.
+
+            for batch in loader:
+                optimizer.zero_grad()
+                engine.backward(dpopt.causal_lm_losses(model(batch).logits, batch))
+                optimizer.step()
+
+        Guarantees
+        ----------
+        The gradient of row i of the losses, and nothing else, is clipped as that of example i
+        (test_guarantee_backward_of_losses_clips_each_row). What `loss.backward()` checks, and what cannot be seen:
+        `clipping.loss_checks`.
+        """
+        with self._checks.trusting(losses):
+            self.training.accumulate(losses)
+
+    @property
+    def loss_report(self) -> LossReport:
+        """Which checks the losses of this run have passed; it can be printed. Tells nothing of the data."""
+        return self._checks.report
+
+    @property
+    def _checks(self) -> LossChecks:
+        checks = self.training.sum.checks
+        assert checks is not None
+        return checks
 
     def discard(self) -> None:
         """Drop what the current step collected (after an out-of-memory error, say), to run its batch again."""
@@ -286,6 +321,7 @@ class PrivacyEngine:
         self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
         self._hooks.append(module.register_forward_pre_hook(OpenRun(module, self.detach)))
+        training.check_losses()
         return module, optimizer, private_loader(loader, training)
 
     def _estimator(
@@ -347,6 +383,8 @@ class PrivacyEngine:
             clear_gradients(step.parameters.values())
         else:
             self._require_backward()
+            if step.checks is not None:
+                step.checks.settle()
             self.training.release()
         if answer is None:
             return None

@@ -100,6 +100,8 @@ class PrivateDataLoader(DataLoader[Any]):
                 if part.first:
                     batches.training.begin(part.draw, len(part.rows), part.rows)
                 step.hold, step.num_part, step.blank = not part.last, part.size, part.blank
+                if step.checks is not None:
+                    step.checks.hand_out(batch, part.size, first=part.first)
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(

@@ -34,6 +34,7 @@ from clipping import (
     Tape,
     zero_sum,
 )
+from clipping.loss_checks import LossChecks
 from dpopt.admission import Admission
 from dpopt.estimators.stage import Stage
 from dpopt.probing import Probing
@@ -70,6 +71,7 @@ class StepSum:
         self.num_part = 0
         self.blank = False
         self.probing = Probing(self.tape, lambda: None if self.num_drawn is None else self.num_part)
+        self.checks: LossChecks | None = None
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
         self._running = self.sums
@@ -131,6 +133,8 @@ class StepSum:
         """Forget what was collected; nothing of it was released."""
         self.sums.totals.clear()
         self.admission.discard()
+        if self.checks is not None:
+            self.checks.discard()
         if self.contribution.forget is not None:
             self.contribution.forget()
         self._held = None if self._held is None else []
@@ -278,6 +282,8 @@ class StepSum:
         if self.probing.chosen is not None:
             return self.probing.collector()
         self.admission.require_drawn()
+        if self.checks is not None:
+            self.checks.require_proven()
         if self._merging is not None:
             return Gathering(self._merge, self._merging.unit)
         if self._pairs or self._running.contribution.of_records is not None:

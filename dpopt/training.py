@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
 from clipping.costs import DEFAULT
+from clipping.loss_checks import LossChecks
 from dpopt import unchanged
 from dpopt.account import Account
 from dpopt.arguments import model_inputs, one_loss, only_estimator
@@ -161,6 +162,8 @@ class PrivateTraining:
         """Stop recording, drop what was not released, close the ledger; no hook or attribute stays behind."""
         self._open = False
         self._watch.detach()
+        if self.sum.checks is not None:
+            self.sum.checks.detach()
         self.sum.end()
         self._account.close()
 
@@ -327,6 +330,16 @@ class PrivateTraining:
         self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
         with self._watch.public_examples():
             yield
+
+    def check_losses(self) -> None:
+        """Look at every backward before it begins, as the familiar door does: see `clipping.loss_checks`."""
+        step = self.sum
+        step.checks = LossChecks(
+            step.tape,
+            mean=step.sums.mean,
+            whole=getattr(self.sampling, "sampling_rate", 0) == 1,
+            ready=lambda: step.num_drawn is not None and step.probing.chosen is None,
+        ).attach()
 
     def explain(self) -> str:
         """A table of the layers: how each parameter's norm and sum were computed last, and why. Public numbers."""

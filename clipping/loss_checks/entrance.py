@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A look at each backward before it begins: afterwards, what its nodes saved is gone.
+
+Torch has no hook there. While a run is watched, the one function through which `Tensor.backward`,
+`torch.autograd.backward` and `torch.autograd.grad` call the engine is wrapped; it is put back with the last run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+
+
+class Watcher(Protocol):
+    """What wants to see backwards."""
+
+    def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
+        """A backward of `roots` begins, with these gradients of theirs; raise to refuse it."""
+        ...
+
+    def after(self) -> None:
+        """It has ended, or failed, or was refused."""
+        ...
+
+
+class Entrance:
+    """The wrapped function and who watches, as long as they live; one for the process."""
+
+    def __init__(self) -> None:
+        self._watchers: list[ref[Watcher]] = []
+        self._original: Any = None
+
+    def enter(self, watcher: Watcher) -> None:
+        """Begin to tell `watcher`."""
+        if self._original is None:
+            self._original = torch.autograd._engine_run_backward
+            torch.autograd._engine_run_backward = self._run
+        self._watchers.append(ref(watcher))
+
+    def leave(self, watcher: Watcher | None) -> None:
+        """Tell `watcher` no more, nor those that are gone."""
+        self._watchers = [known for known in self._watchers if known() not in (watcher, None)]
+        # Where somebody wrapped the function after us, ours stays below theirs and only hands on.
+        if not self._watchers and torch.autograd._engine_run_backward == self._run:
+            torch.autograd._engine_run_backward, self._original = self._original, None
+
+    def _run(self, roots: Any, grads: Any, keep: Any, create: Any, *args: Any, **kwargs: Any) -> Any:
+        told: list[Watcher] = []
+        run = self._original
+        try:
+            for known in tuple(self._watchers):
+                watcher = known()
+                if watcher is None:
+                    self.leave(None)
+                    continue
+                told.append(watcher)
+                watcher.before(roots, grads, bool(create))
+            return run(roots, grads, keep, create, *args, **kwargs)
+        finally:
+            for watcher in told:
+                watcher.after()
+
+
+ENTRANCE = Entrance()

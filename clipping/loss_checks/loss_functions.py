@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of loss functions and layers of torch that are one operation.
+
+Shapes: B examples.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from clipping.loss_checks.arithmetic import elementwise
+from clipping.loss_checks.layout import Layout, Shape
+from clipping.loss_checks.reductions import total
+from clipping.loss_checks.state import (
+    Alone,
+    Facts,
+    Factor,
+    Operation,
+    Rows,
+    State,
+    Total,
+    Unproven,
+    unproven,
+)
+
+NONE, MEAN, SUM = 0, 1, 2
+
+WEIGHTED = (
+    'weigh the losses of reduction="none" and pass them to engine.backward(losses), which needs no mean of the weights'
+)
+IGNORED = (
+    'average the losses of reduction="none" over each example\'s own positions (for language models '
+    "dpopt.causal_lm_losses(logits, labels)) and pass them to engine.backward(losses)"
+)
+
+
+def reduced_elementwise(facts: Facts, operation: Operation) -> State:
+    """Losses of each element, then `reduction`: weights change elements, never what a mean divides by."""
+    found = elementwise(facts, operation._replace(out=_elements(operation)))
+    return _reduced(facts, operation, found, prod(_elements(operation)))
+
+
+def _elements(operation: Operation) -> Shape:
+    if operation.get("reduction") in (None, NONE):
+        return operation.out
+    shapes = [shape for shape in operation.shapes if shape is not None]
+    target = operation.get("target")
+    if isinstance(target, Tensor):
+        shapes.append(tuple(target.shape))
+    return tuple(torch.broadcast_shapes(*shapes)) if shapes else operation.out
+
+
+def _reduced(facts: Facts, operation: Operation, found: State, size: int) -> State:
+    reduction = operation.get("reduction")
+    if reduction in (None, NONE) or not isinstance(found, Rows | Alone):
+        return found
+    if isinstance(found, Alone):
+        return found
+    return total(facts, Factor(), size, mean=reduction == MEAN)
+
+
+def row_losses(facts: Facts, operation: Operation) -> State:
+    """Losses of rows (N, C), as margin losses over classes: a mean divides by their number."""
+    state, shape = operation.states[0], operation.shapes[0]
+    if not isinstance(state, Rows) or shape is None:
+        return state
+    if state.layout.dim != 0 or len(shape) != 2:
+        return unproven(operation, "classes in the dimension of the examples", shown=False)
+    facts.settled(state.factor)
+    return _reduced(facts, operation, Rows(state.layout), shape[0])
+
+
+def class_losses(facts: Facts, operation: Operation) -> State:
+    """`nll_loss` and `nll_loss2d`: a mean divides by the sum of the weights of the targets that are not ignored."""
+    state, shape = operation.states[0], operation.shapes[0]
+    if not isinstance(state, Rows | Alone) or shape is None:
+        return state if not isinstance(state, Total) else unproven(operation, "a function of a sum over the examples")
+    for known in operation.states[1:]:
+        if isinstance(known, Unproven | Total):
+            return known if isinstance(known, Unproven) else unproven(operation, "labels made from the whole batch")
+        if isinstance(known, Rows) and isinstance(state, Rows) and known.layout != state.layout:
+            return unproven(operation, "the labels of other examples than the outputs")
+    facts.settled(state.factor if isinstance(state, Rows) else next(iter(state.factors.values())))
+    if isinstance(state, Alone):
+        return Alone(dict.fromkeys(state.factors, Factor())) if state.single else unproven(operation, "several examples")
+    if state.layout.dim != 0:
+        return unproven(operation, "classes in the dimension of the examples")
+    if operation.get("reduction") != MEAN:
+        return _reduced(facts, operation, Rows(state.layout), prod(shape) // shape[1])
+    return _class_mean(facts, operation, state.layout, prod(shape) // max(1, shape[1]))
+
+
+def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -> State:
+    weight, target = operation.get("weight"), operation.get("target")
+    if facts.tracing or not isinstance(target, Tensor):
+        return total(facts, Factor(), size, mean=True)
+    if isinstance(weight, Tensor):
+        return unproven(
+            operation, "a mean that is divided by the class weights of the whole batch", remedy=WEIGHTED
+        )
+    ignored = target == operation.get("ignore_index")
+    if target.device.type != "cpu":
+        facts.flags.append(ignored.any())
+        return total(facts, Factor(), size, mean=True)
+    if not bool(ignored.any()):
+        return total(facts, Factor(), size, mean=True)
+    counts = _counts(~ignored, layout, facts.num_examples)
+    if len(counts) and bool((counts == counts[0]).all()) and int(counts[0]):
+        return total(facts, Factor(), int(counts.sum()), mean=True)
+    return unproven(
+        operation, "a mean that is divided by the number of the labels that are not ignored in the whole batch",
+        remedy=IGNORED,
+    )  # fmt: skip
+
+
+def _counts(counted: Tensor, layout: Layout, num_examples: int) -> Tensor:
+    """(B,): how many positions of each example are counted."""
+    return counted.reshape(layout.outer, num_examples, -1).sum((0, 2))
+
+
+def connectionist(facts: Facts, operation: Operation) -> State:
+    """`ctc_loss` of log probabilities (T, B, C): one loss for each example."""
+    state = operation.states[0]
+    if not isinstance(state, Rows):
+        return state
+    if state.layout != Layout(1):
+        return unproven(operation, "examples elsewhere than in dimension 1", shown=False)
+    facts.settled(state.factor)
+    return Rows(Layout(0))
+
+
+def batch_first(facts: Facts, operation: Operation) -> State:
+    """A layer with the batch in dimension 0, with constants for weights."""
+    for state in operation.states:
+        if isinstance(state, Unproven):
+            return state
+    rows = [state for state in operation.states if isinstance(state, Rows)]
+    if not rows:
+        return next((s for s in operation.states if s is not None), None)
+    if any(state.layout != rows[0].layout or state.layout.dim != 0 for state in rows):
+        return unproven(operation, "examples elsewhere than in dimension 0", shown=False)
+    shape = operation.shapes[operation.states.index(rows[0])]
+    if operation.get("training") is True or (shape is not None and shape[:1] != operation.out[:1]):
+        return unproven(operation, "statistics of the whole batch")
+    for state in rows:
+        facts.settled(state.factor)
+    return Rows(rows[0].layout)
+
+
+def layer_normalised(facts: Facts, operation: Operation) -> State:
+    """`native_layer_norm`, over the last dimensions."""
+    state, shape = operation.states[0], operation.shapes[0]
+    normalised = operation.get("normalized_shape")
+    if not isinstance(state, Rows) or shape is None or not isinstance(normalised, list | tuple):
+        return state
+    if state.layout.dim >= len(shape) - len(normalised):
+        return unproven(operation, "an operation over the examples of the batch, neither a sum nor a mean")
+    facts.settled(state.factor)
+    return Rows(state.layout) if operation.which == 0 else None

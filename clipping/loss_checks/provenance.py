@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows the batch through the loop, operation by operation: what was made from which examples.
+
+The graph of a loss shows what gradients flow through. It does not show how a weight, a label or an input was made:
+`w / w.mean()`, `y[permutation]` and `x - x.mean(0)` are constants to it.
+
+Shapes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from clipping.loss_checks.arithmetic import elementwise
+from clipping.loss_checks.layout import Layout
+from clipping.loss_checks.rules import rule_of
+from clipping.loss_checks.state import Facts, Operation, Rows, State, Unproven, ruled
+from clipping.loss_checks.trial import Call, tried
+from clipping.rules.generic import batch_dim_of
+
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def _place(value: Tensor) -> _Place:
+    return value.storage_offset(), tuple(value.shape), tuple(value.stride())
+
+
+def _joined(views: Iterable[State]) -> Unproven | None:
+    """What a memory is that holds parts of these kinds: mixed, or nothing that is known."""
+    orders = set()
+    for state in views:
+        if isinstance(state, Unproven):
+            return state
+        if isinstance(state, Rows):
+            orders.add(state.layout.order)
+    mixed = "rows of different examples written into one tensor"
+    return Unproven(mixed, shown=True) if len(orders) > 1 else None
+
+
+class Seen:
+    """What is known of tensors, as long as their memory lives: views of one storage are told apart by their shape."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[ref[torch.UntypedStorage], dict[_Place, State]]] = {}
+
+    def of(self, value: Tensor) -> State:
+        """The state of `value`."""
+        found = self._views(value)
+        if not found:
+            return None
+        known = found.get(_place(value))
+        return _joined(found.values()) if known is None else known
+
+    def put(self, value: Tensor, state: State, *, written: bool = False) -> None:
+        """Note the state of `value`; where its memory was `written` to and is mixed now, so are its other views."""
+        found = self._views(value)
+        if found is None:
+            return
+        found[_place(value)] = state
+        mixed = _joined(found.values()) if written else None
+        if mixed is not None:
+            found.clear()
+            found[_place(value)] = mixed
+
+    def _views(self, value: Tensor) -> dict[_Place, State] | None:
+        if value.layout != torch.strided or value.is_nested:
+            return None
+        storage = value.untyped_storage()
+        known = self._known.get(storage._cdata)
+        if known is None or known[0]() is not storage:  # its address was given to another
+            known = self._known[storage._cdata] = ref(storage), {}
+        return known[1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+
+
+class Provenance(TorchDispatchMode):
+    """Notes for each tensor that the loop makes how it depends on the examples of the batch handed out.
+
+    Nothing is refused here. Operations inside the private model and inside a backward are passed on as they are.
+    """
+
+    # torch.compile leaves a mode alone that says so; under others it gives up on a function for good.
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether torch.compile may go on."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """The same."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Seen()
+        self.facts = Facts(tracing=True)
+        self.read: set[float] = set()
+        """Numbers that the loop read from the batch."""
+        self._inside = 0
+        self._on = False
+
+    @property
+    def on(self) -> bool:
+        """Whether a batch is being followed."""
+        return self._on
+
+    def made(self, value: Tensor, num_examples: int) -> State:
+        """How `value` was made; where it is known for another batch than of `num_examples`, only that it is mixed."""
+        found = self.seen.of(value)
+        same = num_examples == self.facts.num_examples
+        return found if same or isinstance(found, Unproven) else None
+
+    def start(self, batch: object, num_examples: int, batch_dim: int) -> None:
+        """Follow a batch from here on."""
+        self.stop()
+        self.read.clear()
+        self.facts = Facts(tracing=True, num_examples=num_examples)
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                dim = batch_dim_of(leaf, num_examples, batch_dim)
+                self.seen.put(leaf, None if dim is None else Rows(Layout(dim)))
+        self._on, self._inside = True, 0
+        self.__enter__()
+
+    def stop(self) -> None:
+        """Follow nothing; a mode that the user entered since and did not leave keeps this one below it, idle."""
+        self._on = False
+        self.seen.clear()
+        if any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
+            self.__exit__(None, None, None)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """A block that is not followed."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def enter_model(self) -> None:
+        """The private model begins to run."""
+        self._inside += 1
+
+    def leave_model(self) -> None:
+        """It has run."""
+        self._inside = max(0, self._inside - 1)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and note what becomes of it."""
+        outputs = func(*args, **(kwargs or {}))
+        if self._on and not self._inside and torch._C._current_graph_task_id() == -1:
+            with self.inside():
+                self._note(func, args, dict(kwargs or {}), outputs)
+        return outputs
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        call = Call.of(func, args, kwargs)
+        states = tuple(self.seen.of(x) for x in call.inputs)
+        name = func._schema.name.partition("::")[2]
+        for which, result in enumerate(outputs if isinstance(outputs, tuple | list) else (outputs,)):
+            if isinstance(result, Tensor):
+                seen = any(s is not None for s in states)
+                state = self._state(call, name, states, result, which) if seen else None
+                self.seen.put(result, state, written=call.writes)
+            elif isinstance(result, float) and any(state is not None for state in states):
+                self.read.add(result)
+
+    def _state(
+        self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int
+    ) -> State:
+        known = rule_of(name)
+        if known is None and torch.Tag.pointwise in call.func.tags:
+            known = name, elementwise
+        if known is None:
+            why = next((state for state in states if isinstance(state, Unproven)), None)
+            return why or tried(call, states, result, which, self.facts.num_examples)
+        shapes = tuple(tuple(x.shape) for x in call.inputs)
+        operation = Operation(known[0], states, shapes, tuple(result.shape), which, call.bound.get)
+        return ruled(known[1], self.facts, operation)

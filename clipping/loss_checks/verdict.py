@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a walk has to have shown before a loss may be clipped, and what has to be the same in every batch.
+
+Shapes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from clipping.errors import MixesExamples
+from clipping.loss_checks.arithmetic import complete
+from clipping.loss_checks.state import Alone, Facts, State, Total, Unproven
+
+REMEDY = (
+    "pass the losses of the examples, shape (B,), to engine.backward(losses), each normalised by numbers of its own "
+    "example alone"
+)
+_CLOSE = 1e-5
+
+
+def refuse_mixing(found: Unproven) -> None:
+    """Raise MixesExamples, with what was found and what to do."""
+    what = "brings examples together" if found.shown else "cannot be shown to keep examples apart"
+    raise MixesExamples(
+        f"expected a loss that is the mean or the sum of one loss for each example; got one that {what}: "
+        f"{found.reason}; {found.remedy or REMEDY}"
+    )
+
+
+def required(facts: Facts, state: State) -> Total:
+    """The state of a loss that is a sum over the examples, each by itself; raises MixesExamples or ValueError."""
+    if isinstance(state, Alone):
+        state = complete(facts, state.factors)
+    if isinstance(state, Unproven):
+        refuse_mixing(state)
+    if not isinstance(state, Total):
+        refuse_mixing(Unproven("a loss of some of the examples, or not summed over them", shown=False))
+    assert isinstance(state, Total)
+    powers = [factor.power for factor in state.factors if factor.scale]
+    if facts.mean and any(power > -1 for power in powers):
+        raise ValueError(
+            "expected a loss that is the mean over the examples, as loss_reduction says; got a sum, or a division by "
+            'another number than that of the examples; divide by it, or say loss_reduction="sum", or ' + REMEDY
+        )
+    if not facts.mean and any(power < 0 for power in powers):
+        raise ValueError(
+            "expected a loss that is the sum over the examples, as loss_reduction says; got a mean, which would scale "
+            'each example by the size of its batch; use reduction="sum", or loss_reduction="mean"'
+        )
+    return state
+
+
+class Constants:
+    """The numbers in each loss of a run, by the operations that it is made of: they must never change."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[frozenset[str], list[float]] = {}
+        self._tensors: dict[frozenset[str], list[Tensor]] = {}
+        self._later: list[tuple[Tensor, Tensor]] = []
+
+    def require(self, names: Iterable[str], facts: Facts, total: Total) -> None:
+        """Raise MixesExamples where a number is another than in an earlier batch."""
+        key = frozenset(names)
+        shift = 1 if facts.mean else 0
+        values = [f._replace(power=f.power + shift).value(facts.num_examples) for f in total.factors]
+        found = _distinct(values + facts.constants)
+        if not _close(self._numbers.setdefault(key, found), found):
+            self._refuse()
+        tensors = self._tensors.setdefault(key, [x.clone() for x in facts.tensors])
+        if len(tensors) != len(facts.tensors):
+            self._refuse()
+        for known, value in zip(tensors, facts.tensors, strict=True):
+            if known.shape != value.shape:
+                self._refuse()
+            self._later.append((known, value))
+        if self._later and self._later[0][0].device.type == "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Compare the tensors that were put off, which waits for their device."""
+        later, self._later = self._later, []
+        if not all(bool(((a - b).abs() <= _CLOSE * a.abs().clamp(min=1e-30)).all()) for a, b in later):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise MixesExamples(
+            "expected the numbers in a loss to be the same in every batch; got another factor, divisor, length or constant "
+            "than in an earlier one, as when a loss is divided by a count of labels, tokens or positions, or by something "
+            f"that the batch or its padding decides; {REMEDY}, which may also change a factor by a public schedule"
+        )
+
+
+def _distinct(values: list[float]) -> list[float]:
+    found: list[float] = []
+    for value in sorted(values):
+        if not found or abs(value - found[-1]) > _CLOSE * abs(value):
+            found.append(value)
+    return found
+
+
+def _close(known: list[float], found: list[float]) -> bool:
+    return len(known) == len(found) and all(
+        abs(a - b) <= _CLOSE * max(abs(a), abs(b)) for a, b in zip(known, found, strict=True)
+    )
