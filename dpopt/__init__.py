@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentially private training for PyTorch: clipped, charged, noised, and only then written."""
 
+import dpopt.own_packages  # noqa: F401 - asks first: what follows would fail obscurely
+
+# isort: split
 from accountants import BudgetExhausted
 from accountants.calibrate import epsilon, noise_multiplier
 from clipping import (
