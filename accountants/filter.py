@@ -291,7 +291,7 @@ def _declare(ledger: Ledger, config: dict[str, object]) -> None:
 
 
 def _check_budget(epsilon: float, delta: float) -> None:
-    if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
+    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
         raise ValueError(f"epsilon must be a finite number > 0; got {epsilon!r}; pass e.g. epsilon=2.0")
-    if not (isinstance(delta, int | float) and 0 < delta < 1):
+    if isinstance(delta, bool) or not (isinstance(delta, int | float) and 0 < delta < 1):
         raise ValueError(f"delta must be a number in (0, 1); got {delta!r}; pass e.g. delta=1e-5")

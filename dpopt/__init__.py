@@ -38,9 +38,19 @@ from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
 from dpopt.optimizers import AdamBC, Averaged, noise_std_of
+from dpopt.poisson_loader import DPDataLoader
 from dpopt.sampling import Batch, FixedSizeSampling, PoissonSampling, TruncatedPoissonSampling, poisson
+from dpopt.schedulers import (
+    ExponentialGradClip,
+    ExponentialNoise,
+    LambdaGradClip,
+    LambdaNoise,
+    StepGradClip,
+    StepNoise,
+)
 from dpopt.training import PrivateTraining
 from dpopt.users import Users, UserSampling
+from dpopt.validators import ModuleValidator
 
 __all__ = [
     "AdamBC",
@@ -54,14 +64,20 @@ __all__ = [
     "Centred",
     "Clip21",
     "CyclicSampling",
+    "DPDataLoader",
     "Dice",
     "Difference",
+    "ExponentialGradClip",
+    "ExponentialNoise",
     "FixedSizeSampling",
     "FlatClipper",
     "GaussianMechanism",
     "GroupClipper",
     "GroupGaussianMechanism",
+    "LambdaGradClip",
+    "LambdaNoise",
     "MixesExamples",
+    "ModuleValidator",
     "PerSampleAdaptiveClipper",
     "PoissonSampling",
     "PrivacyEngine",
@@ -70,6 +86,8 @@ __all__ = [
     "Scheduled",
     "ShuffledSampling",
     "Slack",
+    "StepGradClip",
+    "StepNoise",
     "TruncatedPoissonSampling",
     "TwoThreshold",
     "UnrecordedParameter",

@@ -11,12 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
 from dpopt.step import StepSum
+from dpopt.step_order import StepOrder
 
 
 class Watch:
     """Attaches the tape of `step` and the probe to `model`, and looks for changes that would be published un-noised."""
 
     def __init__(self, model: nn.Module, step: StepSum) -> None:
+        self.order = StepOrder(step)
         self._model = model
         self._step = step
         self._pid = os.getpid()
@@ -25,19 +27,25 @@ class Watch:
 
     def attach(self) -> None:
         """Note the buffers, clear every `.grad`, and start recording."""
-        buffers = unchanged.persistent_buffers(self._model)
-        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self.note_buffers()
         # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         probing = self._step.probing
         self._probe = self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True)
+        self.order.attach()
+
+    def note_buffers(self) -> None:
+        """Take the buffers as they are for public: at the beginning, and when a public checkpoint was loaded."""
+        buffers = unchanged.persistent_buffers(self._model)
+        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
     def detach(self) -> None:
         """Remove every hook."""
         if self._probe is not None:
             self._probe.remove()
         self._step.tape.detach()
+        self.order.detach()
 
     def check(self) -> None:
         """Raise RuntimeError in a forked process, or where parameters or buffers are no longer what they were."""
