@@ -51,7 +51,7 @@ def test_true_is_no_clip_norm_epsilon_or_delta_anywhere():
         lambda: epsilon(noise_multiplier=True, sampling_rate=0.1, steps=1, delta=1e-5),
         lambda: noise_multiplier(epsilon=True, delta=1e-5, sampling_rate=0.1, steps=1),
     ):
-        with pytest.raises(ValueError, match="got (True|False)"):
+        with pytest.raises(ValueError, match=r"got (True|False)"):
             make()
 
 
@@ -71,7 +71,7 @@ def test_the_familiar_door_takes_no_bool_for_a_number(settings, name, odd):
     options = {**settings, name: odd}
     if isinstance(odd, list):
         options["clipping"] = "per_layer"
-    with pytest.raises(ValueError, match="got (True|False|'3'|'1')"):
+    with pytest.raises(ValueError, match=r"got (True|False|'3'|'1')"):
         getattr(PrivacyEngine(accountant="rdp"), method)(
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             data_loader=DataLoader(examples(8), batch_size=4), **options,
@@ -89,7 +89,9 @@ def with_epsilon(num=200, **changes):
 
 
 def test_a_delta_above_one_record_is_refused_unless_asked_for_by_name():
-    with pytest.raises(ValueError, match=r"expected delta of at most 1 / number of records, 0.005; got 0.006"):
+    with pytest.raises(
+        ValueError, match=r"expected delta of at most 1 / number of records, 0.005; got 0.006"
+    ):
         with_epsilon(target_delta=0.006)
     assert with_epsilon(target_delta=0.005).noise_multiplier > 0
     assert with_epsilon(target_delta=0.006, allow_large_delta=True).noise_multiplier > 0

@@ -168,7 +168,9 @@ def test_unknown_accountants_samplers_and_relations_are_refused():
         PrivacyEngine(relation="best")
     with pytest.raises(ValueError, match="accountant must be one of"):
         PrivacyEngine(accountant="best")
-    with pytest.raises(ValueError, match="the central limit of many steps, which lies below the true epsilon"):
+    with pytest.raises(
+        ValueError, match="the central limit of many steps, which lies below the true epsilon"
+    ):
         PrivacyEngine(accountant="gdp")
 
 

@@ -111,7 +111,9 @@ def test_prices_on_the_way_are_upper_bounds_that_end_at_the_plan(tmp_path: Path)
 
 def test_a_delta_above_one_record_is_refused_unless_asked_for_by_name(tmp_path: Path) -> None:
     for changes in ({}, {"epsilon": None, "noise_multiplier": 1.0}):
-        with pytest.raises(ValueError, match=r"expected delta of at most 1 / number of records, 0.001; got 0.002"):
+        with pytest.raises(
+            ValueError, match=r"expected delta of at most 1 / number of records, 0.001; got 0.002"
+        ):
             plan(tmp_path / "none", delta=0.002, **changes)
         assert plan(tmp_path / "none", delta=0.001, **changes).delta == 0.001
         assert plan(tmp_path / "none", delta=0.002, allow_large_delta=True, **changes).delta == 0.002
