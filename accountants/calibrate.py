@@ -169,7 +169,7 @@ def _last_within(
 
 def _check_budget(epsilon: float, delta: float) -> None:
     check_delta(delta)
-    if not (isinstance(epsilon, int | float) and epsilon > 0):
+    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float) and epsilon > 0):
         raise ValueError(f"epsilon must be a number > 0; got {epsilon!r}; pass e.g. epsilon=2.0")
     if delta == 0:
         raise ValueError("delta must be above 0 for Gaussian noise; got 0; pass e.g. delta=1e-5")

@@ -82,13 +82,13 @@ class Accountant(Protocol):
 
 def check_delta(delta: float) -> None:
     """Refuse a delta that is no probability below one."""
-    if not (isinstance(delta, int | float) and 0 <= delta < 1):
+    if isinstance(delta, bool) or not (isinstance(delta, int | float) and 0 <= delta < 1):
         raise ValueError(f"delta must be a number in [0, 1); got {delta!r}; pass e.g. delta=1e-5")
 
 
 def check_epsilon(epsilon: float) -> None:
     """Refuse an epsilon that is negative or not a number."""
-    if not (isinstance(epsilon, int | float) and epsilon >= 0):
+    if isinstance(epsilon, bool) or not (isinstance(epsilon, int | float) and epsilon >= 0):
         raise ValueError(f"epsilon must be a number >= 0; got {epsilon!r}; pass e.g. epsilon=2.0")
 
 

@@ -49,8 +49,8 @@ class Clipper(Protocol):
 
 
 def check_positive(name: str, value: float, remedy: str) -> None:
-    """Raise ValueError for a value that is not a finite number > 0."""
-    if not (math.isfinite(value) and value > 0):
+    """Raise ValueError for a value that is not a finite number > 0; True is none."""
+    if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a finite {name} > 0; got {value}; {remedy}")
 
 

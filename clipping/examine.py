@@ -21,8 +21,8 @@ from clipping.rules.registry import Inputs
 from clipping.tape import Tape
 
 _BATCH_NORM = (
-    "use GroupNorm instead: opacus.validators.ModuleValidator.fix(model) replaces BatchNorm by it, and "
-    "model.eval() on a frozen BatchNorm keeps its public statistics"
+    "use GroupNorm instead: dpopt.ModuleValidator.fix(model) replaces BatchNorm by it, and model.eval() on a frozen "
+    "BatchNorm keeps its public statistics"
 )
 
 
@@ -58,13 +58,18 @@ def _balanced(model: nn.Module) -> list[str]:
     ][:1]
 
 
-def refuse_by_list(model: nn.Module) -> None:
-    """Raise `MixesExamples` naming every module that cannot be trained privately, and what to do about it."""
-    faults = [
+def listed_faults(model: nn.Module) -> list[str]:
+    """Every module that cannot be trained privately, by a list: its name, why, and what to do about it."""
+    return [
         f"{name or 'model'!r} ({type(module).__name__}): {fault}"
         for name, module in model.named_modules()
         if (fault := _fault(module)) is not None
     ] or _balanced(model)
+
+
+def refuse_by_list(model: nn.Module) -> None:
+    """Raise `MixesExamples` naming every module that cannot be trained privately, and what to do about it."""
+    faults = listed_faults(model)
     if faults:
         raise MixesExamples(
             "expected a model whose modules treat each example alone; got "

@@ -87,7 +87,7 @@ def per_parameter(
 ) -> GroupClipper:
     """One group per trainable parameter, with these clip norms in the order of `named_parameters()`."""
     members = tuple((name,) for name in _trainable(model))
-    return GroupClipper(members, tuple(rule(float(clip_norm)) for clip_norm in clip_norms))
+    return GroupClipper(members, tuple(rule(_checked(clip_norm)) for clip_norm in clip_norms))
 
 
 def per_block(
@@ -152,7 +152,12 @@ def by_component(
             f"expected patterns that each match a trainable parameter; got {unused}, which match none; correct "
             "them, or leave them out"
         )
-    return GroupClipper(tuple(members.values()), tuple(rule(float(clip_norms[p])) for p in members))
+    return GroupClipper(tuple(members.values()), tuple(rule(_checked(clip_norms[p])) for p in members))
+
+
+def _checked(clip_norm: float) -> float:
+    check_clip_norm(clip_norm)  # before float() makes a number of True
+    return float(clip_norm)
 
 
 def _trainable(model: nn.Module) -> list[str]:

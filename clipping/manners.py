@@ -19,7 +19,6 @@ from clipping.rules.examples import BatchDims, Engine
 from clipping.rules.generic import batch_dim_of
 from clipping.rules.reruns import ChildCall, Place, is_floating
 
-
 MOST_DOUBTED = 5
 """Inputs for which it is tried whether all examples share them."""
 
@@ -73,7 +72,9 @@ class Manner:
 def children_dims(dims: BatchDims, calls: Sequence[ChildCall]) -> tuple[BatchDims, dict[Any, BatchDims]]:
     """All dims of the own code apart: the module's own, and those of each kind of call."""
     num_leaves, num_inputs = sum(x.num_leaves for x in calls), sum(x.num_inputs for x in calls)
-    own = BatchDims(dims.inputs[: len(dims.inputs) - num_leaves], dims.outputs[: len(dims.outputs) - num_inputs])
+    own = BatchDims(
+        dims.inputs[: len(dims.inputs) - num_leaves], dims.outputs[: len(dims.outputs) - num_inputs]
+    )
     leaves, inputs = iter(dims.inputs[len(own.inputs) :]), iter(dims.outputs[len(own.outputs) :])
     found = {}
     for call in calls:
@@ -154,9 +155,12 @@ def _shared(dims: tuple[int | None, ...], num_inputs: int) -> Iterator[tuple[int
             yield tuple(None if i in chosen else dim for i, dim in enumerate(dims))
 
 
-def ratios(dims: Sequence[int | None], leaves: Sequence[object], num_examples: int) -> tuple[float | None, ...]:
+def ratios(
+    dims: Sequence[int | None], leaves: Sequence[object], num_examples: int
+) -> tuple[float | None, ...]:
     """How many rows of each leaf an example has; None where the leaf is shared, or has no such dimension."""
     pairs = zip(leaves, dims, strict=True)
     return tuple(
-        x.shape[d] / num_examples if d is not None and isinstance(x, Tensor) and x.dim() > d else None for x, d in pairs
+        x.shape[d] / num_examples if d is not None and isinstance(x, Tensor) and x.dim() > d else None
+        for x, d in pairs
     )

@@ -338,7 +338,9 @@ class Tape:
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
         autocast = Autocast.of(floating[0].device.type)
         origin = self._origin or self.turns.origin()
-        call = Call(self._deliver, layer, in_structure, constants, dims, autocast, in_backward, fold, origin, kept)
+        call = Call(
+            self._deliver, layer, in_structure, constants, dims, autocast, in_backward, fold, origin, kept
+        )
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)

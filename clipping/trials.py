@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipping.errors import MixesExamples
 from clipping.manners import Manner, candidates, children_dims, ratios
@@ -107,7 +107,9 @@ def _cotangents(seen: Observed, batch: Batch) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     found: list[Tensor | None] = []
     for out, dim in zip(seen.outputs, batch.dims.outputs, strict=False):
-        made = torch.randn(out.shape, generator=generator, dtype=torch.complex64 if out.is_complex() else torch.float32)
+        made = torch.randn(
+            out.shape, generator=generator, dtype=torch.complex64 if out.is_complex() else torch.float32
+        )
         found.append(None if dim is None or not out.requires_grad else made.to(out))
     return found
 
@@ -201,7 +203,12 @@ class Failure(NamedTuple):
 
 
 def settle(
-    subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], num_examples: int, batch_dim: int, sources: Sources
+    subject: Subject,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_examples: int,
+    batch_dim: int,
+    sources: Sources,
 ) -> Manner:
     """The manner of calls like this one; raises `MixesExamples` or TypeError where there is none."""
     failures: list[Failure] = []
@@ -209,14 +216,22 @@ def settle(
         for whole in (False, True):
             if not (whole or len(subject.layer.members) > 1):
                 continue
-            found = _settled(subject._replace(whole=whole), args, kwargs, num_examples, batch_dim, sources, failures)
+            found = _settled(
+                subject._replace(whole=whole), args, kwargs, num_examples, batch_dim, sources, failures
+            )
             if found is not None:
                 return found
     raise _refusal(subject, failures)
 
 
 def _settled(
-    subject: Subject, args: Any, kwargs: Any, num_examples: int, batch_dim: int, sources: Sources, failures: list[Failure]
+    subject: Subject,
+    args: Any,
+    kwargs: Any,
+    num_examples: int,
+    batch_dim: int,
+    sources: Sources,
+    failures: list[Failure],
 ) -> Manner | None:
     for _ in range(MOST_OPENED):
         try:
@@ -255,14 +270,21 @@ def _proven(
             except NotApart:
                 raise
             except Exception as error:  # whatever the module or vmap raise for one example
-                failures.append(Failure(False, f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"))
+                failures.append(
+                    Failure(
+                        False,
+                        f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+                    )
+                )
             else:
                 return _manner(subject, seen, engine, proof, num_examples, failures)
     return None
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(agree(a[None], b.detach()[None]) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        agree(a[None], b.detach()[None]) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _manner(

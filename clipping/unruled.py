@@ -117,14 +117,18 @@ class Unruled:
             self._manners[key] = manner
         return manner, num_examples
 
-    def _settle(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], num_examples: int) -> Manner:
+    def _settle(
+        self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], num_examples: int
+    ) -> Manner:
         sources = Sources.of(layer.members, foreign=True)
         return settle(self._subject(layer), args, kwargs, num_examples, self._batch_dim, sources)
 
     def _subject(self, layer: Layer) -> Subject:
         places = places_of(layer)
         parameters = {place.name: self._parameters[place.name] for place in places}
-        return Subject(layer, places, parameters, layer.inlined, False, self._serves, self._expanded, self._is_unruled)
+        return Subject(
+            layer, places, parameters, layer.inlined, False, self._serves, self._expanded, self._is_unruled
+        )
 
     def _is_unruled(self, module: nn.Module) -> bool:
         return id(module) in self._without_rule
@@ -151,7 +155,9 @@ class Unruled:
         state = ModuleState.of(layer.members) if manner.stateful else None
         arrivals = Arrivals()
         opening = self._opening(layer, manner, arrivals, anchor) if manner.own else None
-        return Begun(manner, manner.sources.read(), state, tuple(copied(manner.changed)), kept, arrivals, opening)
+        return Begun(
+            manner, manner.sources.read(), state, tuple(copied(manner.changed)), kept, arrivals, opening
+        )
 
     def _opening(self, layer: Layer, manner: Manner, arrivals: Arrivals, anchor: Tensor) -> Opening:
         names = sorted(manner.names)
@@ -161,7 +167,13 @@ class Unruled:
         return Opening(manner.places, dict(zip(names, marked, strict=True)), opened, run)
 
     def ended(
-        self, layer: Layer, begun: Begun, num_examples: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object
+        self,
+        layer: Layer,
+        begun: Begun,
+        num_examples: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: object,
     ) -> Kept:
         """All that is needed to differentiate the forward."""
         manner, sources = begun.manner, begun.manner.sources
@@ -176,9 +188,13 @@ class Unruled:
             moved, calls = run.moved, tuple(run.calls)
             leaves += run.leaves
             if not manner.knows(calls):
-                manner = manner.joined(self._seen_again(layer, begun, leaves[:num_inputs], structure, num_examples))
+                manner = manner.joined(
+                    self._seen_again(layer, begun, leaves[:num_inputs], structure, num_examples)
+                )
         moment = Moment(begun.before, after, moved, begun.state, begun.tensors)
-        rerun = Rerun(layer.module, layer.members, manner.places, structure, num_inputs, calls, sources, moment)
+        rerun = Rerun(
+            layer.module, layer.members, manner.places, structure, num_inputs, calls, sources, moment
+        )
         checked = moved or manner.engine is LOOP
         leaves += floating_leaves(outputs) if checked else []
         return Kept(manner, rerun, num_examples, tuple(leaves), begun.arrivals if manner.own else None)

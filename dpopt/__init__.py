@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentially private training for PyTorch: clipped, charged, noised, and only then written."""
 
+import dpopt.own_packages  # noqa: F401 - asks first: what follows would fail obscurely
+
+# isort: split
 from accountants import BudgetExhausted
 from accountants.calibrate import epsilon, noise_multiplier
 from clipping import (
@@ -37,9 +40,19 @@ from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
 from dpopt.open_runs import detach
 from dpopt.optimizers import AdamBC, Averaged, noise_std_of
+from dpopt.poisson_loader import DPDataLoader
 from dpopt.sampling import Batch, FixedSizeSampling, PoissonSampling, TruncatedPoissonSampling, poisson
+from dpopt.schedulers import (
+    ExponentialGradClip,
+    ExponentialNoise,
+    LambdaGradClip,
+    LambdaNoise,
+    StepGradClip,
+    StepNoise,
+)
 from dpopt.training import PrivateTraining
 from dpopt.users import Users, UserSampling
+from dpopt.validators import ModuleValidator
 
 __all__ = [
     "AdamBC",
@@ -54,14 +67,20 @@ __all__ = [
     "Centred",
     "Clip21",
     "CyclicSampling",
+    "DPDataLoader",
     "Dice",
     "Difference",
+    "ExponentialGradClip",
+    "ExponentialNoise",
     "FixedSizeSampling",
     "FlatClipper",
     "GaussianMechanism",
     "GroupClipper",
     "GroupGaussianMechanism",
+    "LambdaGradClip",
+    "LambdaNoise",
     "MixesExamples",
+    "ModuleValidator",
     "PerSampleAdaptiveClipper",
     "PoissonSampling",
     "PrivacyEngine",
@@ -70,6 +89,8 @@ __all__ = [
     "Scheduled",
     "ShuffledSampling",
     "Slack",
+    "StepGradClip",
+    "StepNoise",
     "TruncatedPoissonSampling",
     "TwoThreshold",
     "UnrecordedParameter",

@@ -13,13 +13,13 @@ from dpopt.budget import Budget
 from dpopt.configuration import declared_assumptions, refuse_changed
 from dpopt.estimators.prices import Prices
 from dpopt.filtered import AdaptiveBudget, FilteredPayments, refuse_governed
-from dpopt.ledgers import default_ledger, insecurity, opened
+from dpopt.ledgers import SharedLedger, default_ledger, insecurity, opened
 from dpopt.payments import Payments
 
 
 @dataclass(slots=True)
 class Account:
-    """A ledger at `path`, or by `default` in a new file, that `rule` prices within `budget`.
+    """A ledger at `path`, or by `default` in a new file, or the `shared` one, that `rule` prices within `budget`.
 
     Another configuration than that of the ledger's last run is refused, unless `new_configuration`.
     """
@@ -31,12 +31,13 @@ class Account:
     rule: Accountant
     budget: Budget | AdaptiveBudget | None
     new_configuration: bool
+    shared: SharedLedger | None = None
     _payments: Payments | FilteredPayments | None = None
 
     @classmethod
     def at(
         cls,
-        path: str | Path | None,
+        path: str | Path | SharedLedger | None,
         *,
         unit: str,
         relation: str,
@@ -45,8 +46,10 @@ class Account:
         new_configuration: bool,
     ) -> Account:
         """One at `path`, or at the first free place."""
-        where = default_ledger() if path is None else Path(path)
-        return cls(where, path is None, unit, relation, rule, budget, new_configuration)
+        shared = path if isinstance(path, SharedLedger) else None
+        given = path.path if isinstance(path, SharedLedger) else path
+        where = default_ledger() if given is None else Path(given)
+        return cls(where, given is None, unit, relation, rule, budget, new_configuration, shared)
 
     @property
     def was_open(self) -> bool:
@@ -67,6 +70,9 @@ class Account:
 
     def open(self, expected: Event) -> Ledger:
         """Open the ledger for a run that will charge `expected`."""
+        if self.shared is not None:
+            self.path, ledger = self.shared.open(unit=self.unit, relation=self.relation, expected=expected)
+            return ledger
         given = None if self.default else self.path
         self.path, ledger = opened(given, unit=self.unit, relation=self.relation, expected=expected)
         self.default = False  # entered again, the run continues its ledger
@@ -91,9 +97,14 @@ class Account:
         print(f"dpopt: the privacy ledger of this run is {self.path}", file=sys.stderr)
 
     def close(self) -> None:
-        """Close the ledger, if it is open."""
+        """Close the ledger, if it is open and this run's alone."""
         if self._payments is not None:
-            self._payments.ledger.close()
+            self.give_up(self._payments.ledger)
+
+    def give_up(self, ledger: Ledger) -> None:
+        """Close `ledger` unless other runs share it."""
+        if self.shared is None:
+            ledger.close()
 
     def bound(self, delta: float) -> Bound:
         """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions.

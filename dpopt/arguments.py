@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipping import Clipper, Contribution, Inputs, Tape, fits, per_parameter
+from dpopt.adaptive_clipping import NAME as ADAPTIVE
+from dpopt.budget import check_real
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run, check_estimator, named_estimator
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
+_REFUSED_MODES = {
+    "no_op": "gradients that a script makes by itself are not known to be one example's each; leave it out, and run the "
+    "model itself: its layers are recorded",
+    "ghost_fsdp": "sharded models are not supported yet; leave it out, on one process and without FSDP2Wrapper",
+}
 
 
 def check_switches(poisson: bool, mode: str, rand_on_empty: bool, noise_generator: object) -> None:
@@ -30,6 +37,8 @@ def check_switches(poisson: bool, mode: str, rand_on_empty: bool, noise_generato
             "batches (up to 60 times the epsilon); keep True and bound memory with BatchMemoryManager, or name the sampler, "
             'priced as what it is: PrivacyEngine(sampler="balls-in-bins")'
         )
+    if mode in _REFUSED_MODES:
+        raise ValueError(f"expected grad_sample_mode in {_MODES}; got {mode!r}: {_REFUSED_MODES[mode]}")
     if mode not in _MODES:
         raise ValueError(f"expected grad_sample_mode in {_MODES}; got {mode!r}; leave it out")
     if rand_on_empty:
@@ -58,11 +67,31 @@ def check_reduction(loss_reduction: str, criterion: object) -> None:
         )
 
 
+def criterion_of(criterion: object, loss_reduction: str) -> object:
+    """What ghost mode returns beside the rest: the criterion as given, or the cross entropy that Opacus would take."""
+    return nn.CrossEntropyLoss(reduction=loss_reduction) if criterion is None else criterion
+
+
+def one_norm(max_grad_norm: float | Sequence[float]) -> float | None:
+    """The one clip norm, None for a list of them.
+
+    Raises:
+        ValueError: it is no number, or not a list of numbers.
+    """
+    if not isinstance(max_grad_norm, list | tuple):
+        check_real("max_grad_norm", max_grad_norm)
+        return float(max_grad_norm)  # pyright: ignore[reportArgumentType]
+    for norm in max_grad_norm:
+        check_real("max_grad_norm", norm)
+    return None
+
+
 def estimator_of(clipping: str, run: Run, max_grad_norm: float | Sequence[float]) -> Estimator:
     """The estimator that `clipping` and `max_grad_norm` describe; `run` says the rest."""
-    if isinstance(max_grad_norm, int | float):
+    if not isinstance(max_grad_norm, list | tuple):
         return named_estimator(clipping, run)
-    check_estimator(clipping)
+    if clipping != ADAPTIVE:
+        check_estimator(clipping)
     if clipping != "per_layer":
         raise ValueError(
             f"expected one max_grad_norm with clipping={clipping!r}; got {max_grad_norm}; a list, of one norm for each "

@@ -6,28 +6,97 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
 
 from accountants import Accountant, BudgetExhausted, Event
 from accountants.calibrate import num_steps
 
 _TOLERANCE = 0.002
 _LARGEST_NOISE = 1e4
+_MOST_HALVINGS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The most that may be spent: (epsilon, delta) for everything on one ledger, under the ledger's relation."""
+    """The most that may be spent: (epsilon, delta) for everything on one ledger, under the ledger's relation.
+
+    A run refuses a delta above 1 / number of records, unless `allow_large_delta`: within such a delta, publishing
+    one record as it is counts as private.
+    """
 
     epsilon: float
     delta: float
+    allow_large_delta: bool = False
 
     def __post_init__(self) -> None:
+        check_real("epsilon", self.epsilon)
+        check_real("delta", self.delta)
         if not (self.epsilon > 0 and not math.isnan(self.epsilon)):
             raise ValueError(f"expected epsilon > 0; got {self.epsilon}; usual budgets lie between 0.5 and 8")
         if not 0 < self.delta < 1:
             raise ValueError(
                 f"expected 0 < delta < 1; got {self.delta}; choose it well below 1 / number of records"
             )
+
+
+def check_real(name: str, value: object) -> None:
+    """Refuse what is no number. True is one to Python, 1.0, and hardly ever meant.
+
+    Raises:
+        ValueError: it is a bool, a string, a tensor, or something else that is not a real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(
+            f"expected a number for {name}; got {value!r} ({type(value).__name__}); pass it as a float, such as 1.0"
+        )
+
+
+class Delta(Protocol):
+    """What any budget says of its delta."""
+
+    @property
+    def delta(self) -> float:
+        """The probability within which nothing is promised."""
+        ...
+
+    @property
+    def allow_large_delta(self) -> bool:
+        """Whether one above 1 / number of records is meant."""
+        ...
+
+
+def require_small_delta(budget: Delta, num_records: float) -> None:
+    """Refuse a budget whose delta is above 1 / `num_records`, where it was not asked for by name.
+
+    Raises:
+        ValueError: it is, and `allow_large_delta` is not set.
+    """
+    if budget.delta * num_records > 1 + 1e-9 and not budget.allow_large_delta:
+        raise ValueError(
+            f"expected delta of at most 1 / number of records, {1 / num_records:.2g}; got {budget.delta:g}, which would "
+            "call it private to publish one record out of all as it is; lower delta (a power of ten below is usual), or "
+            "ask for it by name: allow_large_delta=True (on the command line, --allow-large-delta)"
+        )
+
+
+def require_needed(budget: Budget, touched: float) -> None:
+    """Refuse a budget that a run meets without any noise, where it draws each record with probability `touched`.
+
+    Raises:
+        ValueError: epsilon is infinite, or delta covers all who are drawn: they would be published as they are.
+    """
+    if math.isinf(budget.epsilon):
+        raise ValueError(
+            "expected a finite epsilon; got inf, which needs no noise and protects nobody; for a run without privacy, "
+            "to compare with, say noise_multiplier=0"
+        )
+    if touched <= budget.delta:
+        raise ValueError(
+            f"expected a delta below {touched:.3g}, the probability that the run draws a given record at all; got "
+            f"{budget.delta:g}, within which all who are drawn could be published without noise; lower delta below 1 / "
+            "number of records"
+        )
 
 
 def affordable(budget: Budget, event: Event, rule: Accountant, spent: Event) -> int:
@@ -67,3 +136,44 @@ def least_noise(price: Callable[[float], float], epsilon: float, *, low: float) 
         middle = math.sqrt(low * high)
         low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
     return high
+
+
+def tightened(price: Callable[[float], float], noise: float, epsilon: float, tolerance: float) -> float:
+    """A noise multiplier of at most `noise`, with price(result) in [epsilon - tolerance, epsilon].
+
+    Args:
+        price: from a noise multiplier to an upper bound on epsilon, falling.
+        noise: one whose price is at most `epsilon`.
+        epsilon: the budget.
+        tolerance: how much of it may be left, > 0.
+
+    Raises:
+        ValueError: `tolerance` is no number above 0.
+
+    Guarantees
+    ----------
+    The result has been priced, and its price is within the budget (test_guarantee_the_least_noise_was_priced).
+    """
+    check_real("epsilon_tolerance", tolerance)
+    if not tolerance > 0:
+        raise ValueError(
+            f"expected epsilon_tolerance > 0; got {tolerance}; 0.01 leaves at most that much of epsilon"
+        )
+    low, at_high = noise, price(noise)
+    for _ in range(_MOST_HALVINGS):
+        if epsilon - at_high <= tolerance:
+            return noise
+        low *= 0.99
+        if price(low) > epsilon:
+            break
+        noise, at_high = low, price(low)
+    for _ in range(_MOST_HALVINGS):
+        if epsilon - at_high <= tolerance:
+            break
+        middle = math.sqrt(low * noise)
+        found = price(middle)
+        if found <= epsilon:
+            noise, at_high = middle, found
+        else:
+            low = middle
+    return noise

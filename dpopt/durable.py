@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -16,10 +17,19 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it could not be written; `path` is untouched and the remains are removed.
     """
+    written_file(path, lambda file: file.write(data))
+
+
+def written_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file, which takes the name `path` when it has returned, and only then.
+
+    Raises:
+        OSError: it could not be written; as with every other error, `path` is untouched and the remains are removed.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
+        with partial.open("w+b") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

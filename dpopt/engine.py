@@ -8,8 +8,11 @@ then steps. Model, optimizer and loss stay the user's own objects.
 from __future__ import annotations
 
 import sys
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +23,36 @@ from torch.utils.data import DataLoader
 
 from accountants import ADD_REMOVE
 from accountants import accountant as find_accountant
-from accountants.calibrate import noise_multiplier as calibrate
 from accountants.relations import check_relation
 from clipping.loss_checks import LossChecks, LossReport
+from dpopt import checkpoint
+from dpopt.adaptive_clipping import AdaptiveClipping
 from dpopt.arguments import (
     ScalerMark,
     check_optimizer,
-    check_reduction,
     check_switches,
-    estimator_of,
+    criterion_of,
     refuse_scaler,
     refusing_token_labels,
 )
+from dpopt.attached import Attached
 from dpopt.budget import Budget
+from dpopt.calibrated import Standing
 from dpopt.closures import StepArguments, answered, check_steps
-from dpopt.estimators.estimator import Estimator, Plain
-from dpopt.estimators.named import Run
-from dpopt.estimators.prices import priced
+from dpopt.estimators.estimator import Plain
 from dpopt.gradients import clear_gradients
-from dpopt.loader import check_loader, private_loader
+from dpopt.ledgers import SharedLedger
+from dpopt.loader import private_loader
 from dpopt.mechanisms import GaussianMechanism
+from dpopt.opacus_accountants import LedgerAccountant, check_orders, refuse_gdp
+from dpopt.opacus_weights import accept_prefix
 from dpopt.open_runs import OpenRun, refuse_open
-from dpopt.samplers import noise_within, require_sized, sized
-from dpopt.sampling import PoissonSampling, Sampling
+from dpopt.poisson_loader import check_records
+from dpopt.request import Request
+from dpopt.samplers import population, require_sized
+from dpopt.schedulers import Scheduler
 from dpopt.training import PrivateTraining
+from dpopt.validators import ModuleValidator
 
 
 class PrivacyEngine:
@@ -82,6 +91,7 @@ class PrivacyEngine:
         new_configuration: bool = False,
         insecure_seed: int | None = None,
     ) -> None:
+        refuse_gdp(accountant)
         find_accountant(accountant)
         check_relation(relation)
         require_sized(sampler)
@@ -90,11 +100,12 @@ class PrivacyEngine:
         self._relation = relation
         self._new_configuration = new_configuration
         self._accountant = accountant
-        self._ledger = ledger
+        self._ledger = SharedLedger(None if ledger is None else Path(ledger))
         self._insecure_seed = insecure_seed
         self._training: PrivateTraining | None = None
-        self._hooks: list[Any] = []
+        self._runs: list[Attached] = []
         self._depth = 0
+        weakref.finalize(self, self._ledger.close)
 
     def make_private(
         self,
@@ -114,27 +125,63 @@ class PrivacyEngine:
         wrap_model: bool = True,
         rand_on_empty: bool = False,
         example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
-    ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
-        """Return (module, optimizer, loader), the first two as given.
+        target_unclipped_quantile: float | None = None,
+        clipbound_learning_rate: float | None = None,
+        max_clipbound: float | None = None,
+        min_clipbound: float | None = None,
+        unclipped_num_std: float | None = None,
+    ) -> tuple[Any, ...]:
+        """Return (module, optimizer, loader), the first two as given; in ghost mode (module, optimizer, criterion, loader).
 
-        As in Opacus, the sampling rate is 1 / len(data_loader) and the noisy sum is divided by
-        int(len(dataset) * rate). `clipping` is one of `dpopt.estimators.ESTIMATORS`: a way to clip ("flat", "automatic",
-        "per_layer", ...; with "per_layer" also a list of norms, one per trainable parameter, as in Opacus), or another
-        estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". Its guarantee is printed.
-        `grad_sample_mode` and `wrap_model` are
-        accepted and change nothing: one engine serves all modes, and nothing is wrapped. A `criterion` is only
-        asked whether it reduces as `loss_reduction` says. With `example_inputs` (at least 2 examples, as the model takes
-        them) the model is probed now, else on its first batches.
+        As in Opacus, the sampling rate is 1 / len(data_loader), and the noisy sum is divided by
+        int(len(dataset) * rate) where `loss_reduction` is "mean", and not where it is "sum". Call it again for another
+        model, or for another phase of the same one: all runs of an engine are charged on its one ledger.
+
+        Args:
+            module: the model; it is returned as it is, with hooks on it until `detach()`.
+            optimizer: over parameters of the model. While the run is open it has what scripts for Opacus read,
+                `noise_multiplier`, `max_grad_norm`, `expected_batch_size` (read only) and more: `dpopt.attached`.
+            criterion: asked whether it keeps examples apart and reduces as `loss_reduction` says; returned in ghost
+                mode, as given.
+            data_loader: over a dataset with a length; a private one, or a Poisson one of Opacus, is drawn from anew.
+            noise_multiplier: noise standard deviation over sensitivity; 0 is not private.
+            max_grad_norm: the clip norm; with "per_layer" also a list, one for each trainable parameter, as in Opacus.
+            batch_first: False for inputs (T, B, ...).
+            loss_reduction: what your loss is of the examples' losses, "mean" or "sum".
+            poisson_sampling: True; another sampler is named, and priced, by the engine.
+            clipping: one of `dpopt.estimators.ESTIMATORS`: a way to clip ("flat", "automatic", "per_layer", ...) or another
+                estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". "adaptive" is "quantile" with
+                Opacus' keywords: `dpopt.adaptive_clipping`. Its guarantee is printed.
+            noise_generator: None; a seed would undo the noise.
+            grad_sample_mode: "hooks", "functorch", "ew" or "ghost": one engine serves all.
+            wrap_model: False returns a handle whose `cleanup()` ends the run in the module's place, as in Opacus.
+            rand_on_empty: False; an empty batch is a step of noise alone.
+            example_inputs: at least 2 examples, as the model takes them, to probe the model now; else its first batches.
+            target_unclipped_quantile: with "adaptive", the fraction of norms to lie below the clip norm.
+            clipbound_learning_rate: with "adaptive", how fast it moves there.
+            max_clipbound: with "adaptive", what it stays below.
+            min_clipbound: with "adaptive", what it stays above.
+            unclipped_num_std: with "adaptive", the standard deviation of the noise in the count of norms below.
+
+        Raises:
+            ValueError: an argument that would weaken the guarantee, or that cannot be what was meant.
+            MixesExamples: the model lets one example reach another.
         """
-        check_switches(
-            poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
+        self._check_switches(poisson_sampling, grad_sample_mode, rand_on_empty, noise_generator)
+        adaptive = AdaptiveClipping(
+            target_unclipped_quantile,
+            clipbound_learning_rate,
+            max_clipbound,
+            min_clipbound,
+            unclipped_num_std,
         )
-        check_reduction(loss_reduction, criterion)
-        estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
-        return self._attach(
-            module, optimizer, data_loader, GaussianMechanism(noise_multiplier),
-            estimator, 0 if batch_first else 1, loss_reduction, None, example_inputs,
+        request = Request(
+            module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
+            clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
+            mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
         )  # fmt: skip
+        request.check()
+        return self._made(request, noise_multiplier, None)
 
     def make_private_with_epsilon(
         self,
@@ -145,7 +192,7 @@ class PrivacyEngine:
         data_loader: DataLoader[Any],
         target_epsilon: float,
         target_delta: float,
-        epochs: int,
+        epochs: float,
         max_grad_norm: float | Sequence[float],
         batch_first: bool = True,
         loss_reduction: str = "mean",
@@ -156,47 +203,190 @@ class PrivacyEngine:
         wrap_model: bool = True,
         rand_on_empty: bool = False,
         example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
-    ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
+        target_unclipped_quantile: float | None = None,
+        clipbound_learning_rate: float | None = None,
+        max_clipbound: float | None = None,
+        min_clipbound: float | None = None,
+        unclipped_num_std: float | None = None,
+        alphas: Sequence[float] | None = None,
+        epsilon_tolerance: float | None = None,
+        allow_large_delta: bool = False,
+    ) -> tuple[Any, ...]:
         """`make_private` with the least noise that keeps `epochs` epochs within (target_epsilon, target_delta).
 
-        Steps beyond the budget raise `BudgetExhausted`.
+        The target is for everything on the ledger. A run that continues one keeps the noise of the last where as many
+        epochs still fit. Steps beyond the target raise `BudgetExhausted`.
+
+        Beside the arguments of `make_private`:
+
+        - target_epsilon: the most that may be spent.
+        - target_delta: its delta; above 1 / number of records only with `allow_large_delta`.
+        - epochs: passes over the loader.
+        - alphas: orders of Renyi divergences, for scripts that pass them; all orders are tried anyway.
+        - epsilon_tolerance: how much of the target these epochs may leave (default: what 0.5 % of the noise is worth).
+        - allow_large_delta: take a delta within which publishing a record counts as private.
+
+        Raises:
+            ValueError: as `make_private`, and for a target that needs no noise or that no noise meets.
         """
-        check_switches(
-            poisson_sampling or self._sampler != "poisson", grad_sample_mode, rand_on_empty, noise_generator
+        self._check_switches(poisson_sampling, grad_sample_mode, rand_on_empty, noise_generator)
+        check_orders(alphas)
+        adaptive = AdaptiveClipping(
+            target_unclipped_quantile,
+            clipbound_learning_rate,
+            max_clipbound,
+            min_clipbound,
+            unclipped_num_std,
         )
-        check_reduction(loss_reduction, criterion)
-        estimator = self._estimator(clipping, module, data_loader, max_grad_norm)
-        noise = self._calibrated(estimator, data_loader, Budget(target_epsilon, target_delta), epochs)
-        return self._attach(
-            module, optimizer, data_loader, GaussianMechanism(noise),
-            estimator, 0 if batch_first else 1, loss_reduction,
-            Budget(target_epsilon, target_delta), example_inputs,
+        request = Request(
+            module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
+            clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
+            mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
         )  # fmt: skip
+        request.check()
+        budget = Budget(target_epsilon, target_delta, allow_large_delta)
+        noise = request.calibrated(
+            budget, epochs, epsilon_tolerance,
+            rule=find_accountant(self._accountant, self._relation),
+            standing=Standing.of(self._ledger),
+            on_top=self._new_configuration or self._training is not None,
+        )  # fmt: skip
+        return self._made(request, noise, budget)
+
+    @staticmethod
+    def is_compatible(
+        *, module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
+    ) -> bool:
+        """Whether `make_private` would take these: see `validate`."""
+        try:
+            PrivacyEngine.validate(module=module, optimizer=optimizer, data_loader=data_loader)
+        except ValueError:
+            return False
+        return True
+
+    @staticmethod
+    def validate(
+        *, module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
+    ) -> None:
+        """Refuse what `make_private` would refuse, as far as modules, parameters and sampler tell before any data.
+
+        Raises:
+            MixesExamples: modules that let one example reach another, such as BatchNorm; each is named with its remedy.
+            ValueError: the optimizer has other parameters, or the loader cannot be drawn from by Poisson.
+        """
+        ModuleValidator.validate(module, strict=True)
+        if optimizer is not None:
+            check_optimizer(module, optimizer)
+        if data_loader is not None:
+            check_records(data_loader)
+
+    @staticmethod
+    def get_compatible_module(module: nn.Module) -> nn.Module:
+        """A deep copy in which GroupNorm stands for BatchNorm, validated; make the optimizer from *its* parameters."""
+        return ModuleValidator.fix_and_validate(module)
 
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon of everything charged on this engine's ledger so far."""
-        return self.training.epsilon(delta)
+        training = self.training
+        if delta * population(training.sampling) > 1 + 1e-9:
+            warnings.warn(
+                f"delta {delta:g} is above 1 / number of records: within it, publishing one record as it is counts as "
+                "private, so the epsilon beside it says little; a power of ten below is usual",
+                stacklevel=2,
+            )
+        return training.epsilon(delta)
 
     @property
-    def accountant(self) -> PrivacyEngine:
-        """Itself: scripts written for Opacus ask `engine.accountant.get_epsilon(delta=...)`."""
-        return self
+    def accountant(self) -> LedgerAccountant:
+        """The ledger, as scripts written for Opacus ask it: `get_epsilon(delta=...)`, `history`."""
+        return LedgerAccountant(self._accountant, lambda: self._training)
 
     @property
     def noise_multiplier(self) -> float:
-        """Noise standard deviation over sensitivity."""
+        """Noise standard deviation over sensitivity, of the newest run."""
         mechanism = self.training.mechanism
         assert isinstance(mechanism, GaussianMechanism)
         return mechanism.noise_multiplier
 
     @property
     def training(self) -> PrivateTraining:
-        """The run behind this engine."""
+        """The run behind this engine, the newest of several."""
         if self._training is None:
             raise RuntimeError(
                 "expected an engine in use; got one before make_private; call make_private first"
             )
         return self._training
+
+    def save_checkpoint(
+        self,
+        *,
+        path: checkpoint.Place,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        noise_scheduler: Scheduler | None = None,
+        grad_clip_scheduler: Scheduler | None = None,
+        checkpoint_dict: Mapping[str, object] | None = None,
+        module_state_dict_kwargs: Mapping[str, Any] | None = None,
+        torch_save_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save weights, optimizer, schedules and the estimator's public state; the ledger is named, not copied.
+
+        Args:
+            path: a file, written whole or not at all, or an object with `write`.
+            module: whose `state_dict()` is saved.
+            optimizer: whose `state_dict()` is saved.
+            noise_scheduler: one of `dpopt.schedulers`.
+            grad_clip_scheduler: another.
+            checkpoint_dict: more to save, of tensors, numbers, texts, lists and dicts; read without running code.
+            module_state_dict_kwargs: arguments of `module.state_dict`.
+            torch_save_kwargs: nothing may be in it.
+
+        Raises:
+            ValueError: something to save could only be read by running code.
+            OSError: it could not be written.
+        """
+        checkpoint.save(
+            self.training, path, module=module, optimizer=optimizer, accountant=self.accountant,
+            schedulers={"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler},
+            extra=checkpoint_dict, module_options=module_state_dict_kwargs, torch_options=torch_save_kwargs,
+        )  # fmt: skip
+
+    def load_checkpoint(
+        self,
+        *,
+        path: checkpoint.Place,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        noise_scheduler: Scheduler | None = None,
+        grad_clip_scheduler: Scheduler | None = None,
+        module_load_dict_kwargs: Mapping[str, Any] | None = None,
+        torch_load_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Go back to a checkpoint, after `make_private` on the ledger that paid for it. Nothing spent is given back.
+
+        A checkpoint that Opacus wrote is taken too: its history is charged to this engine's ledger, once.
+
+        Args:
+            path: what `save_checkpoint` wrote.
+            module: gets the weights.
+            optimizer: gets its state.
+            noise_scheduler: gets its state.
+            grad_clip_scheduler: gets its state.
+            module_load_dict_kwargs: arguments of `module.load_state_dict`.
+            torch_load_kwargs: only `map_location`, which changes nothing.
+
+        Returns:
+            What the checkpoint holds, `checkpoint_dict` included.
+
+        Raises:
+            ValueError: another ledger, or an older state of it than the checkpoint's; or no checkpoint. Nothing is loaded.
+            RuntimeError: before `make_private`.
+        """
+        return checkpoint.load(
+            self.training, path, module=module, optimizer=optimizer,
+            schedulers={"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler},
+            module_options=module_load_dict_kwargs, torch_options=torch_load_kwargs,
+        )  # fmt: skip
 
     def explain(self) -> str:
         """A table of the parameters: how the norm and the sum of each were computed last, and why."""
@@ -262,12 +452,11 @@ class PrivacyEngine:
         return self.training.public_examples()
 
     def detach(self) -> None:
-        """End the run: remove every hook and close the ledger. Model and optimizer are ordinary again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._training is not None:
-            self._training.__exit__(None, None, None)
+        """End every run: remove the hooks and close the ledger. Models and optimizers are ordinary again."""
+        for run in self._runs:
+            run.cleanup()
+        self._runs.clear()
+        self._ledger.close()
 
     def __enter__(self) -> PrivacyEngine:
         """Return itself."""
@@ -277,115 +466,115 @@ class PrivacyEngine:
         """Detach."""
         self.detach()
 
-    def _attach(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        loader: DataLoader[Any],
-        mechanism: GaussianMechanism,
-        estimator: Estimator,
-        batch_dim: int,
-        loss_reduction: str,
-        budget: Budget | None,
-        example_inputs: Tensor | tuple | Mapping[str, object] | None,
-    ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
-        if self._training is not None:
-            raise RuntimeError(
-                "expected a fresh engine; got one that already made a model private; use one PrivacyEngine per model"
-            )
-        check_loader(loader)
-        refuse_open(module)
-        check_optimizer(module, optimizer)
-        check_steps(optimizer)
+    def _check_switches(
+        self, poisson: bool, mode: str, rand_on_empty: bool, generator: torch.Generator | None
+    ) -> None:
+        check_switches(poisson or self._sampler != "poisson", mode, rand_on_empty, generator)
+
+    def _made(self, request: Request, noise_multiplier: float, budget: Budget | None) -> tuple[Any, ...]:
+        mechanism, estimator = GaussianMechanism(noise_multiplier), request.estimator(noise_multiplier)
+        self._end_those_of(request.module, request.optimizer)
+        refuse_open(request.module)
+        check_steps(request.optimizer)
         training = PrivateTraining(
-            module,
+            request.module,
             estimator=estimator,
             mechanism=mechanism,
-            sampling=self._sampling(loader),
+            sampling=request.sampling,
             budget=budget,
             ledger=self._ledger,
             accountant_name=self._accountant,
             relation=self._relation,
-            example_inputs=example_inputs,
-            batch_dim=batch_dim,
-            mean_losses=loss_reduction == "mean",
+            example_inputs=request.example_inputs,
+            batch_dim=0 if request.batch_first else 1,
+            mean_losses=request.loss_reduction == "mean",
+            sum_gradients=request.loss_reduction == "sum",
             randomness=self._randomness,
             insecure_seed=self._insecure_seed,
-            new_configuration=self._new_configuration,
+            # A program that makes two runs of one engine has said what each of them is.
+            new_configuration=self._new_configuration or self._training is not None,
         )
-        self._training = training.__enter__()
+        try:
+            training.__enter__()
+        finally:
+            if not training.is_open and not self._runs:
+                self._ledger.close()
+        self._training = training
         print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
-        self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        run = self._attached(request, training)
+        first = request.module if request.wrap_model else run
+        private = private_loader(request.loader, training)
+        if request.mode == "ghost":
+            return first, run.optimizer, criterion_of(request.criterion, request.loss_reduction), private
+        return first, run.optimizer, private
+
+    def _attached(self, request: Request, training: PrivateTraining) -> Attached:
+        module, optimizer = request.module, request.optimizer
+        plain = isinstance(training.estimator, Plain)
+        run = Attached(
+            training, optimizer, max_grad_norm=request.max_grad_norm, loss_reduction=request.loss_reduction,
+            clipped_at=request.clipped_at() if plain else None,
+        )  # fmt: skip
+        self._runs.append(run)
+        run.hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
+        run.hooks.append(optimizer.register_step_post_hook(self._after_step))
         refusing = refusing_token_labels(module, training.sum.tape)
-        self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
-        self._hooks.append(module.register_forward_pre_hook(OpenRun(module, self.detach)))
+        run.hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
+        run.hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
+        run.hooks.append(module.register_load_state_dict_pre_hook(accept_prefix))
+        run.hooks.append(module.register_forward_pre_hook(OpenRun(module, partial(self._end, run))))
+        run.attach()
         training.check_losses()
-        return module, optimizer, private_loader(loader, training)
+        return run
 
-    def _estimator(
-        self,
-        clipping: str,
-        module: nn.Module,
-        loader: DataLoader[Any],
-        max_grad_norm: float | Sequence[float],
-    ) -> Estimator:
-        check_loader(loader)
-        norm = float(max_grad_norm) if isinstance(max_grad_norm, int | float) else 1.0
-        num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
-        return estimator_of(clipping, Run(module, norm, num_records, self._sampling(loader)), max_grad_norm)
+    def _end(self, run: Attached) -> None:
+        run.cleanup()
+        if run in self._runs:
+            self._runs.remove(run)
+        if not self._runs:
+            self._ledger.close()
 
-    def _sampling(self, loader: DataLoader[Any]) -> Sampling:
-        num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
-        if self._sampler == "poisson":  # as Opacus: the loader's length gives the rate
-            rate = 1 / len(loader)
-            return PoissonSampling(rate, max(1, int(num_records * rate)))
-        assert loader.batch_size is not None  # check_loader has seen to it
-        return sized(self._sampler, num_records=num_records, batch_size=loader.batch_size)
+    def _end_those_of(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """A new phase of a model ends the one before; runs of other models go on."""
+        mine = {id(parameter) for parameter in module.parameters()}
+        for run in tuple(self._runs):
+            shared = any(id(parameter) in mine for parameter in run.training.model.parameters())
+            if shared or run.optimizer is optimizer:
+                run.cleanup()
+                self._runs.remove(run)
 
-    def _calibrated(
-        self, estimator: Estimator, loader: DataLoader[Any], budget: Budget, epochs: int
-    ) -> float:
-        sampling = self._sampling(loader)
-        plain = isinstance(estimator, Plain)
-        if plain and isinstance(sampling, PoissonSampling) and self._relation == ADD_REMOVE:
-            return calibrate(
-                epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling.sampling_rate,
-                steps=epochs * len(loader), accountant=self._accountant,
-            )  # fmt: skip
-        rounds = epochs if sampling.steps_per_charge > 1 else epochs * len(loader)
-        rule = find_accountant(self._accountant, self._relation)
-        return noise_within(budget, rule, priced(estimator, sampling, rounds))
+    def _run_of(self, optimizer: Optimizer) -> Attached:
+        return next(run for run in self._runs if run.optimizer is optimizer)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepArguments | None:
+        run = self._run_of(optimizer)
+        step = run.training.sum
         refuse_scaler(optimizer)
-        if self.training.sum.tape.is_aside:  # a step on public examples
+        if step.tape.is_aside:  # a step on public examples
             return None
         # A subclass's step may call that of its class, whose hooks run again; the gradient is in place by then.
-        if self._depth and self.training.sum.num_drawn is None:
+        if self._depth and step.num_drawn is None:
             self._depth += 1
             return None
         self._depth = 0
-        given = self._step(optimizer, args, kwargs)
+        given = self._step(run, args, kwargs)
         self._depth = 1
         return given
 
-    def _step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepArguments | None:
-        step = self.training.sum
-        check_optimizer(self.training.model, optimizer)
+    def _step(self, run: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments | None:
+        step = run.training.sum
+        check_optimizer(run.training.model, run.optimizer)
         answer = answered(args, kwargs, list(step.parameters.values()))
-        if step.hold:
+        if run.holds():
             clear_gradients(step.parameters.values())
         else:
-            self._require_backward()
+            _require_backward(run)
             if step.checks is not None:
                 step.checks.settle()
-            self.training.release()
+            run.training.release()
+            run.released()
         if answer is None:
             return None
         answer[1].seal()
@@ -394,11 +583,12 @@ class PrivacyEngine:
     def _after_step(self, *_: object) -> None:
         self._depth = max(0, self._depth - 1)
 
-    def _require_backward(self) -> None:
-        step = self.training.sum
-        if step.num_drawn is not None and step.num_added < step.num_drawn:
-            raise RuntimeError(
-                "expected backward() through the private model for every drawn example before optimizer.step(); got "
-                "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
-                "one forward, or one backward for each part, or use BatchMemoryManager"
-            )
+
+def _require_backward(run: Attached) -> None:
+    step = run.training.sum
+    if step.num_drawn is not None and step.num_added < step.num_drawn:
+        raise RuntimeError(
+            "expected backward() through the private model for every drawn example before optimizer.step(); got "
+            "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
+            "one forward, or one backward for each part, or use BatchMemoryManager"
+        )

@@ -33,6 +33,7 @@ class AdaptiveBudget:
     epsilon: float
     delta: float
     planned: Event | None = None
+    allow_large_delta: bool = False
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.delta)

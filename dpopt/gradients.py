@@ -23,6 +23,11 @@ def write_gradients(parameters: dict[str, nn.Parameter], released: Mapping[str, 
         raise
 
 
+def times(released: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:
+    """Released vectors times a public number; those of 1 as they are."""
+    return released if factor == 1 else {name: value * factor for name, value in released.items()}
+
+
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Set every `.grad` to None."""
     for parameter in parameters:

@@ -3,12 +3,64 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
-from accountants import Event, Ledger
+from accountants import Event, Ledger, LedgerLocked
 
 FOLDER = Path("privacy-ledgers")
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class SharedLedger:
+    """The one ledger of several runs of one owner: opened with the first of them, closed when the owner says.
+
+    `path` is None until a ledger in the default folder has been created.
+    """
+
+    path: Path | None
+    held: Ledger | None = None
+
+    def open(self, *, unit: str, relation: str, expected: Event) -> tuple[Path, Ledger]:
+        """The ledger and where it lies, opened if it is not.
+
+        Raises:
+            LedgerLocked: somebody else has it open.
+        """
+        if self.held is None:
+            try:
+                self.path, self.held = opened(self.path, unit=unit, relation=relation, expected=expected)
+            except LedgerLocked:
+                gc.collect()  # owners that nobody holds any more close theirs
+                self.path, self.held = self._again(unit, relation, expected)
+            _HELD.add(self)
+        assert self.path is not None
+        return self.path, self.held
+
+    def close(self) -> None:
+        """Close it; what was charged can still be asked. Idempotent."""
+        if self.held is not None:
+            self.held.close()
+            self.held = None
+        _HELD.discard(self)
+
+    def _again(self, unit: str, relation: str, expected: Event) -> tuple[Path, Ledger]:
+        try:
+            return opened(self.path, unit=unit, relation=relation, expected=expected)
+        except LedgerLocked as error:
+            here = None if self.path is None else self.path.resolve()
+            if not any(other.path is not None and other.path.resolve() == here for other in _HELD):
+                raise
+            raise LedgerLocked(
+                f"expected one run at a time on the ledger {self.path}; got another engine of this process that has not "
+                "ended; call detach() on that engine first, or go on with it: its make_private may be called again"
+            ) from error
+
+
+_HELD: WeakSet[SharedLedger] = WeakSet()
 
 
 def default_ledger() -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -70,8 +71,12 @@ class PoissonBatches(Sampler[list[int]]):
                 yield list(part)
 
     def __len__(self) -> int:
-        """Draws an epoch."""
-        return self.num_batches
+        """Draws an epoch; cut into parts, about how many parts, as Opacus tells it: a public number."""
+        if self.largest is None:
+            return self.num_batches
+        sampling = self.training.sampling
+        rate = getattr(sampling, "sampling_rate", sampling.expected_batch_size / self.num_records)
+        return math.ceil(self.num_batches * (rate * self.num_records / self.largest))
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -209,7 +214,7 @@ class BatchMemoryManager:
         self.optimizer = optimizer
 
     def __enter__(self) -> PrivateDataLoader:
-        """Return the loader of physical batches; its length is the number of logical ones."""
+        """Return the loader of physical batches; its length is about their number: the drawn one is secret."""
         return self.loader
 
     def __exit__(self, *_: object) -> None:

@@ -6,14 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accountants import Accountant, Event, Ledger, Record
-from dpopt.budget import Budget, exhausted
+from dpopt.budget import Budget, check_real, exhausted
 from dpopt.estimators.prices import Prices
 from dpopt.rounds import Rounds
+from dpopt.sampling import Sampling
 
 
 @dataclass(slots=True)
 class Payments:
-    """The payments of one run: `prices` of its rounds, on `ledger`, at most `most` of them (None: no budget)."""
+    """The payments of one run: `prices` of its rounds, on `ledger`, at most `most` of them (None: no budget).
+
+    `others` are the charges of the ledger that were not this run's when `most` was computed by `rule`.
+    """
 
     ledger: Ledger
     prices: Prices
@@ -21,6 +25,8 @@ class Payments:
     budget: Budget | None
     most: int | None
     where: object
+    rule: Accountant
+    others: int
 
     @classmethod
     def begin(
@@ -37,13 +43,30 @@ class Payments:
         Raises:
             BudgetExhausted: not one charge fits.
         """
-        rounds = Rounds(length)
-        if budget is None:
-            return cls(ledger, prices, rounds, None, None, where)
-        most = prices.affordable(budget, rule, ledger.events())
-        if most < 1:
+        payments = cls(ledger, prices, Rounds(length), budget, None, where, rule, ledger.num_charges)
+        payments.settle()
+        if budget is not None and payments.most is not None and payments.most < 1:
             raise exhausted(budget, 1, 0, 0, where)
-        return cls(ledger, prices, rounds, budget, most, where)
+        return payments
+
+    def settle(self, prices: Prices | None = None) -> None:
+        """Compute anew how many rounds the budget affords, as others have charged, or at new `prices` from now on.
+
+        Guarantees
+        ----------
+        Runs that share a ledger stay within each one's budget, whoever charges first
+        (test_guarantee_runs_on_one_ledger_count_each_others_charges).
+        """
+        done = self.rounds.charged
+        self.prices = self.prices if prices is None else prices
+        self.others = self.ledger.num_charges - done
+        if self.budget is not None:
+            spent = self.ledger.events()
+            self.most = done + self.prices.behind(done).affordable(self.budget, self.rule, spent)
+
+    def _follow(self) -> None:
+        if self.budget is not None and self.ledger.num_charges != self.others + self.rounds.charged:
+            self.settle()
 
     def number(self, draw: int | None) -> int:
         """The number, in this run, of the charge that pays for `draw`; None: of the next charge."""
@@ -56,6 +79,7 @@ class Payments:
     @property
     def steps_left(self) -> int | None:
         """Releases that the budget still affords; None without one."""
+        self._follow()
         return None if self.most is None else self.rounds.steps(self.most - self.rounds.charged)
 
     def settled(self, steps: int | None, done: int) -> int:
@@ -79,6 +103,7 @@ class Payments:
                 "budget was not computed for; start a run of its own on the same ledger"
             )
         self.rounds.require_open(draw)
+        self._follow()
         if self.budget is not None and self.most == self.rounds.charged and not self.rounds.is_paid(draw):
             raise exhausted(self.budget, 1, 0, done, self.where)
 
@@ -94,3 +119,28 @@ class Payments:
         record = self.ledger.charge(self.event(draw), context=context)
         self.rounds.pay(draw)
         return record
+
+
+def require_variable(budget: Budget | None, sampling: Sampling, noise_multiplier: float) -> None:
+    """Refuse to change the noise to `noise_multiplier` where the rest of the run was settled with another.
+
+    Raises:
+        ValueError: there is a budget, a charge pays for more than one step, or it is no noise.
+    """
+    if budget is not None:
+        raise ValueError(
+            "expected a run without a budget where the noise varies; got a budget, whose noise multiplier was computed "
+            'for all steps; give the schedule to the budget, as in clipping="schedule:steps=1000,noise_end=0.7", or a noise '
+            "multiplier in place of the target"
+        )
+    if sampling.steps_per_charge > 1:
+        raise ValueError(
+            "expected a sampler that draws each step anew where the noise varies; got "
+            f"{type(sampling).__name__}, whose charges pay for a whole epoch; use Poisson sampling"
+        )
+    check_real("noise_multiplier", noise_multiplier)
+    if not noise_multiplier > 0:
+        raise ValueError(
+            f"expected a schedule with a noise multiplier > 0; got {noise_multiplier}, which would publish a step as it "
+            "is; let it end above 0"
+        )

@@ -73,6 +73,28 @@ def sized(name: str, *, num_records: int, batch_size: int) -> Sampling:
     return FixedSizeSampling(batch_size, num_records)
 
 
+def population(sampling: Sampling) -> float:
+    """About how many records (of users: users) a sampler draws from, as far as its public numbers tell."""
+    if isinstance(sampling, PoissonSampling | UserSampling):
+        return sampling.expected_batch_size / sampling.sampling_rate
+    if isinstance(sampling, BallsInBins):
+        return sampling.expected_batch_size * sampling.num_batches
+    return getattr(sampling, "num_records", 1.0)
+
+
+def touched(sampling: Sampling, steps: int) -> float:
+    """The probability that a given record takes part in at least one of `steps` steps; 1 where it is not known."""
+    if steps < 1:
+        return 0.0
+    if isinstance(sampling, FixedSizeSampling):
+        rate = sampling.batch_size / sampling.num_records
+    elif isinstance(sampling, PoissonSampling | UserSampling | TruncatedPoissonSampling):
+        rate = sampling.sampling_rate
+    else:
+        return 1.0
+    return 1.0 if rate >= 1 else -math.expm1(steps * math.log1p(-rate))
+
+
 def charges(sampling: Sampling, steps: int) -> int:
     """The charges that pay for `steps` steps from the beginning of a round."""
     return -(-steps // sampling.steps_per_charge)

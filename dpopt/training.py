@@ -18,18 +18,20 @@ from clipping.loss_checks import LossChecks
 from dpopt import unchanged
 from dpopt.account import Account
 from dpopt.arguments import model_inputs, one_loss, only_estimator
-from dpopt.budget import Budget
+from dpopt.budget import Budget, require_small_delta
 from dpopt.configuration import configuration
 from dpopt.differences import add_difference
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.prices import Prices, prices, require_priced
 from dpopt.estimators.releases import mechanism_of, release, scaled
 from dpopt.filtered import AdaptiveBudget, FilteredPayments
-from dpopt.gradients import write_gradients
-from dpopt.mechanisms import Mechanism
+from dpopt.gradients import times, write_gradients
+from dpopt.ledgers import SharedLedger
+from dpopt.mechanisms import GaussianMechanism, Mechanism
 from dpopt.open_runs import refuse_open
-from dpopt.payments import Payments
+from dpopt.payments import Payments, require_variable
 from dpopt.rounds import Draw
+from dpopt.samplers import population
 from dpopt.sampling import Batch, Records, Sampling
 from dpopt.step import StepSum
 from dpopt.tiers import Tier, fresh_tier
@@ -49,7 +51,8 @@ class PrivateTraining:
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided
     by a number that depends on the batch, such as its token count. `mean_losses` is for callers that send back the
-    mean of the losses themselves (the familiar door). `two_pass` runs two backwards on each loss and holds no
+    mean of the losses themselves (the familiar door). `sum_gradients` writes the noisy sum itself, not divided by the
+    expected batch size. `two_pass` runs two backwards on each loss and holds no
     layer's gradients: for checkpointed models, where one flat backward would hold every layer again; elsewhere it
     saves nothing. It takes half a step to a step more. `costs` decide how each layer's norm and sum are computed
     (default: measured once on the model's device); `explain()` tells what was chosen.
@@ -80,13 +83,14 @@ class PrivateTraining:
         mechanism: Mechanism,
         sampling: Sampling,
         budget: Budget | AdaptiveBudget | None = None,
-        ledger: str | Path | None = None,
+        ledger: str | Path | SharedLedger | None = None,
         accountant_name: str = "prv",
         unit: str | None = None,
         relation: str = ADD_REMOVE,
         example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
         batch_dim: int = 0,
         mean_losses: bool = False,
+        sum_gradients: bool = False,
         two_pass: bool = False,
         costs: Costs | None = None,
         randomness: str = "fast",
@@ -94,6 +98,8 @@ class PrivateTraining:
         new_configuration: bool = False,
     ) -> None:
         unchanged.refuse_distributed()
+        if budget is not None:
+            require_small_delta(budget, population(sampling))
         examine(model, model_inputs(example_inputs, model), batch_dim=batch_dim)
         self.model = model
         self.mechanism = mechanism
@@ -127,8 +133,8 @@ class PrivateTraining:
         self._drawn_by = sampling
         self._randomness = randomness
         self._tier = self._new_tier()
-        bounds, sizes = self.sum.bounds_and_sizes()
-        self._tier.check(mechanism_of(self.estimator, mechanism, 0), sampling, bounds, sizes)
+        self._factor = sampling.expected_batch_size if sum_gradients else 1.0
+        self._check_mechanism()
         scaled(mechanism_of(self.estimator, mechanism, 0), math.sqrt(self._stage.rounds))
         self.accountant.curve(self.event)  # refuses what has no price under this relation
         self.noise_stds: dict[str, float] = {}
@@ -136,6 +142,7 @@ class PrivateTraining:
         self._open = False
         self._dataset: Sized | None = None
         self._watch = Watch(model, self.sum)
+        self.order = self._watch.order
 
     def __enter__(self) -> PrivateTraining:
         """Open the ledger, check the budget, clear every `.grad` and start recording."""
@@ -152,7 +159,7 @@ class PrivateTraining:
             self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
             self._watch.attach(partial(self.__exit__, None, None, None))
         except BaseException:
-            ledger.close()
+            self._account.give_up(ledger)
             raise
         self._open = True
         self._account.tell()
@@ -166,6 +173,11 @@ class PrivateTraining:
             self.sum.checks.detach()
         self.sum.end()
         self._account.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has begun and not ended."""
+        return self._open
 
     @property
     def ledger(self) -> Ledger:
@@ -364,11 +376,61 @@ class PrivateTraining:
             # The record's own number is the domain: whatever is tried again pays again, and gets other noise.
             size = self.sampling.expected_batch_size
             released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
-            write_gradients(self.sum.parameters, released.gradient)
+            write_gradients(self.sum.parameters, times(released.gradient, self._factor))
             told = released.stds if self._stage.direct else {}
-            self.noise_stds = {name: std for name, std in told.items() if name in self.sum.parameters}
+            names = self.sum.parameters
+            self.noise_stds = {name: std * self._factor for name, std in told.items() if name in names}
         finally:
             self.sum.end()
+
+    def vary(self, *, noise_multiplier: float | None = None, estimator: Estimator | None = None) -> None:
+        """Go on with another noise multiplier from now on, or another estimator from the next step on.
+
+        For schedules that are public and fixed before the data are seen; a choice that looks at what was released is
+        beyond every bound except a filter's.
+
+        Args:
+            noise_multiplier: noise standard deviation over sensitivity, > 0.
+            estimator: of the same model, e.g. with another clip norm.
+
+        Raises:
+            ValueError: there is a budget, whose noise was settled for the whole run, or a charge pays for several steps.
+
+        Guarantees
+        ----------
+        Each step is charged with the noise that it gets (test_guarantee_a_varied_step_is_charged_with_its_own_noise).
+        """
+        if noise_multiplier is not None:
+            require_variable(self.payments.budget, self.sampling, noise_multiplier)
+            self.mechanism = GaussianMechanism(noise_multiplier)
+            self._check_mechanism()
+            self.payments.settle(self._prices)
+        if estimator is not None:
+            self.estimator = estimator.fresh()
+
+    def note_buffers(self) -> None:
+        """Take the model's buffers as they are for public, when a public checkpoint was loaded: they may differ."""
+        self._watch.note_buffers()
+
+    def go_on(self, estimator: Estimator) -> None:
+        """Begin in the middle of a schedule that an earlier run of the ledger began; before the first step.
+
+        Args:
+            estimator: the run's own, at another place of its schedule.
+
+        Raises:
+            RuntimeError: the run has released something.
+        """
+        if self.payments.rounds.charged:
+            raise RuntimeError(
+                "expected a run that has released nothing yet; got one that has; load a checkpoint before the first step"
+            )
+        self.estimator = estimator
+        self.payments.settle(self._prices)
+
+    def _check_mechanism(self) -> None:
+        bounds, sizes = self.sum.bounds_and_sizes()
+        self._tier.check(mechanism_of(self.estimator, self.mechanism, 0), self.sampling, bounds, sizes)
 
     def _check_release(self) -> int:
         if self.sum.num_drawn is None or self._begun is None:

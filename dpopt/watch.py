@@ -14,12 +14,14 @@ from dpopt import unchanged
 from dpopt.gradients import clear_gradients
 from dpopt.open_runs import OpenRun
 from dpopt.step import StepSum
+from dpopt.step_order import StepOrder
 
 
 class Watch:
     """Attaches the tape of `step` and the probe to `model`, and looks for changes that would be published un-noised."""
 
     def __init__(self, model: nn.Module, step: StepSum) -> None:
+        self.order = StepOrder(step)
         self._model = model
         self._step = step
         self._pid = os.getpid()
@@ -28,13 +30,19 @@ class Watch:
 
     def attach(self, end: Callable[[], None]) -> None:
         """Note the buffers, clear every `.grad`, and start recording; `end` ends the run."""
-        self._note_buffers()
+        self.note_buffers()
         # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         probing = self._step.probing
         self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
+        self.order.attach()
+
+    def note_buffers(self) -> None:
+        """Take the buffers as they are for public: at the beginning, and when a public checkpoint was loaded."""
+        buffers = unchanged.persistent_buffers(self._model)
+        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -42,6 +50,7 @@ class Watch:
             hook.remove()
         self._hooks.clear()
         self._step.tape.detach()
+        self.order.detach()
 
     @contextmanager
     def public_examples(self) -> Iterator[None]:
@@ -56,12 +65,8 @@ class Watch:
             clear_gradients(self._model.parameters())
             raise
         finally:
-            self._note_buffers()
+            self.note_buffers()
             self._step.tape.turns.renew()
-
-    def _note_buffers(self) -> None:
-        buffers = unchanged.persistent_buffers(self._model)
-        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
     def check(self) -> None:
         """Raise RuntimeError in a forked process, or where parameters or buffers are no longer what they were."""

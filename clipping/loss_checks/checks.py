@@ -112,7 +112,9 @@ class LossChecks:
         self._provenance.stop()
         flags, self._flags = self._flags, []
         if any(bool(flag) for flag in flags):
-            refuse_mixing(Unproven("a mean over the labels that are not ignored in the whole batch", shown=True))
+            refuse_mixing(
+                Unproven("a mean over the labels that are not ignored in the whole batch", shown=True)
+            )
         self._constants.settle()
 
     def discard(self) -> None:
@@ -228,7 +230,9 @@ def _rooted(walk: Walk, root: Any, grad: Any) -> State:
         facts.tensors.append(grad.detach())
         return state
     if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
-        return Unproven("a gradient other than the same number for all losses, given to backward()", shown=False)
+        return Unproven(
+            "a gradient other than the same number for all losses, given to backward()", shown=False
+        )
     if not grad.numel():
         return None
     state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))

@@ -130,7 +130,10 @@ class Walk:
             for tensor in value if isinstance(value, tuple) else (value,):
                 if not isinstance(tensor, Tensor):
                     continue
-                seen, place = self._lookup(tensor, self.facts.num_examples), operands.get(attribute, len(states))
+                seen, place = (
+                    self._lookup(tensor, self.facts.num_examples),
+                    operands.get(attribute, len(states)),
+                )
                 if place < len(states) and states[place] is None:
                     states[place], sizes[place] = seen, tuple(tensor.shape)
                 elif isinstance(seen, Unproven) and seen.shown:

@@ -179,9 +179,7 @@ class Provenance(TorchDispatchMode):
             elif isinstance(result, float) and any(state is not None for state in states):
                 self.read.add(result)
 
-    def _state(
-        self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int
-    ) -> State:
+    def _state(self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int) -> State:
         known = rule_of(name)
         if known is None and torch.Tag.pointwise in call.func.tags:
             known = name, elementwise

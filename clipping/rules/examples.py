@@ -97,7 +97,9 @@ def outputs_by_vmap(rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]
     with rerun.prepared() as run, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
         fixed = _constant(parameters)
         each = vmap(
-            lambda parts: run(batch.leaves_of(parts), fixed), in_dims=(batch.part_dims,), randomness="different"
+            lambda parts: run(batch.leaves_of(parts), fixed),
+            in_dims=(batch.part_dims,),
+            randomness="different",
         )
         return each(batch.parts)
 

@@ -127,7 +127,11 @@ def _compare(
 
 
 def _differentiated(
-    rerun: Rerun, engine: Engine, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Sequence[Tensor | None]
+    rerun: Rerun,
+    engine: Engine,
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    cotangents: Sequence[Tensor | None],
 ) -> tuple[dict[str, Tensor], Engine]:
     try:
         return engine.gradients(rerun, batch, parameters, cotangents), engine

@@ -104,6 +104,14 @@ def finetune(
             rich_help_panel=_PRIVACY,
         ),
     ] = None,
+    allow_large_delta: Annotated[
+        bool,
+        typer.Option(
+            "--allow-large-delta",
+            help="Accept a delta above 1 / number of records, within which publishing a record counts as private.",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = False,
     clip_norm: Annotated[
         float, typer.Option(help="The norm to which each record's gradient is cut.", rich_help_panel=_PRIVACY)
     ] = 1.0,
@@ -261,6 +269,7 @@ def finetune(
             unit=unit,
             epsilon=epsilon,
             delta=delta,
+            allow_large_delta=allow_large_delta,
             noise_multiplier=noise_multiplier,
             accountant=accountant,
             steps=steps,

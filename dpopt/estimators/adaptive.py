@@ -106,17 +106,19 @@ class Level:
     fractions: tuple[float, ...] = ()
 
 
-def followed(clip_norm: float, fraction: float, target: float, rate: float, most: float) -> float:
+def followed(
+    clip_norm: float, fraction: float, target: float, rate: float, most: float, least: float = _LEAST
+) -> float:
     """The clip norm after a step in which about `fraction` of the norms lay below: towards `target`."""
     factor = math.exp(-rate * (min(1.0, max(0.0, fraction)) - target))
-    return min(most, max(clip_norm * factor, _LEAST))
+    return min(most, max(clip_norm * factor, least))
 
 
 @dataclass(frozen=True, slots=True)
 class Quantile:
     """Moves the clip norm towards the `target` quantile of the gradients' norms, geometrically by `rate`.
 
-    `share` of each step's budget pays for the count. The clip norm stays below `most`;
+    `share` of each step's budget pays for the count. The clip norm stays between `least` and `most`;
     `level` holds the present one.
 
     Guarantees
@@ -131,6 +133,7 @@ class Quantile:
     rate: float = 0.05
     share: float = 0.01
     most: float = math.inf
+    least: float = _LEAST
     level: Level = field(init=False, compare=False)
     factors: Factors | None = field(default=None, init=False, repr=False)
     speaks_of_zero: bool = field(default=True, init=False, repr=False)
@@ -141,6 +144,10 @@ class Quantile:
         check_clip_norm(self.clip_norm)
         object.__setattr__(self, "level", Level(self.clip_norm))
         _check(self.target, self.rate, self.most)
+        if not 0 < self.least < self.most:
+            raise ValueError(
+                f"expected 0 < least < most; got {self.least} and {self.most}; leave room for the clip norm to move"
+            )
         if not 0 < self.share < 1:
             raise ValueError(
                 f"expected 0 < share < 1 of the budget for the count; got {self.share}; 0.01 is usual"
@@ -157,7 +164,9 @@ class Quantile:
     @property
     def setting(self) -> Mapping[str, float | str | None]:
         """Name and public numbers."""
-        return {"name": "quantile", "target": self.target, "rate": self.rate, "share": self.share}
+        bounds = {"most": self.most} if math.isfinite(self.most) else {}
+        bounds |= {"least": self.least} if self.least != _LEAST else {}
+        return {"name": "quantile", "target": self.target, "rate": self.rate, "share": self.share, **bounds}
 
     @property
     def allocation(self) -> Allocation | None:
@@ -178,7 +187,7 @@ class Quantile:
         fraction = released[_COUNT].item() + 0.5
         level = self.level
         level.fractions = (fraction,)
-        level.clip_norm = followed(level.clip_norm, fraction, self.target, self.rate, self.most)
+        level.clip_norm = followed(level.clip_norm, fraction, self.target, self.rate, self.most, self.least)
         return {name: value for name, value in released.items() if name != _COUNT}
 
 

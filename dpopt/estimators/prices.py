@@ -24,6 +24,12 @@ class Prices:
     at: Callable[[int], Event]
     constant: bool
 
+    def behind(self, charges: int) -> Prices:
+        """Those of the charges that follow the first `charges`."""
+        if self.constant or charges == 0:
+            return self
+        return Prices(lambda number: self.at(number + charges), constant=False)
+
     def whole(self, charges: int) -> Event:
         """The event of the first `charges` charges."""
         if self.constant:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clipping import ClipRule, Contribution, FlatClipper
 from clipping.clippers import check_clip_norm
@@ -22,7 +22,7 @@ class Scheduled:
     """Clip norm and noise multiplier that move geometrically over `steps` steps, then stay.
 
     The clip norm goes from `clip_norm` to `clip_norm * clip_end`, the noise multiplier z to z * noise_end. Each step is
-    charged with the noise that it gets.
+    charged with the noise that it gets. A run that continues one of `start` steps goes on from there.
 
     Guarantees
     ----------
@@ -35,6 +35,7 @@ class Scheduled:
     clip_end: float = 1.0
     noise_end: float = 1.0
     rule: ClipRule = FlatClipper
+    start: int = 0
     allocation: Allocation | None = field(default=None, init=False, repr=False)
     speaks_of_zero: bool = field(default=False, init=False, repr=False)
     fresh = renewed
@@ -68,6 +69,10 @@ class Scheduled:
         """The noise of each step, over that of the first."""
         return None if self.noise_end == 1 else lambda step: self._at(self.noise_end, step)
 
+    def starting(self, step: int) -> Scheduled:
+        """The same schedule, from its step number `step` on."""
+        return replace(self, start=step)
+
     def stage(self, step: int) -> Stage:
         """One with the clip norm of that step."""
         clipper = self.rule(self.clip_norm * self._at(self.clip_end, step))
@@ -75,5 +80,5 @@ class Scheduled:
 
     def _at(self, end: float, step: int) -> float:
         # A hundred values at most: each one more is a curve of its own to the accountant.
-        done = min(1.0, step / max(1, self.steps - 1))
+        done = min(1.0, (self.start + step) / max(1, self.steps - 1))
         return end ** (round(done * 100) / 100)

@@ -10,6 +10,7 @@ from pathlib import Path
 from accountants import ADD_REMOVE
 from accountants.registry import ACCOUNTANTS
 from accountants.relations import check_relation
+from dpopt.budget import check_real
 from dpopt.cryptographic import require_cryptography
 from dpopt.estimators.named import INDIRECT, check_estimator
 from dpopt.finetune.tuning import OPTIMIZERS
@@ -23,7 +24,8 @@ class FinetuneConfig:
 
     `model` is a folder or a name on the Hugging Face Hub (None: the embedded model); `train` are files of
     records (none: the embedded private docstrings); `lora_rank` 0 trains all weights. With a `noise_multiplier`
-    and no `epsilon` there is no budget, only a price; a noise multiplier of 0 makes the run *not private*.
+    and no `epsilon` there is no budget, only a price; a noise multiplier of 0 makes the run *not private*. A `delta` above
+    1 / number of records is refused unless `allow_large_delta`.
     `sampler` is one of `dpopt.samplers`, `relation` says which datasets are neighbours, `secure` takes batches and
     noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted.
     `optimizer` is one of `dpopt.finetune.tuning.OPTIMIZERS`, and `averaging` the decay of a moving average of the weights,
@@ -39,6 +41,7 @@ class FinetuneConfig:
     unit: str | None = None
     epsilon: float | None = None
     delta: float | None = None
+    allow_large_delta: bool = False
     noise_multiplier: float | None = None
     accountant: str = "prv"
     steps: int | None = None
@@ -94,6 +97,7 @@ def _check_counts(config: FinetuneConfig) -> None:
         "evaluation interval": config.eval_every,
     }
     for name, value in numbers.items():
+        _require_real(name, value)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise InputError(f"expected a {name} above 0; got {value}; pass a positive number")
     if config.lora_rank < 0:
@@ -131,6 +135,8 @@ def _check_tuning(config: FinetuneConfig) -> None:
 
 def _check_privacy(config: FinetuneConfig) -> None:
     epsilon, delta, noise = config.epsilon, config.delta, config.noise_multiplier
+    for name, value in (("epsilon", epsilon), ("delta", delta), ("noise multiplier", noise)):
+        _require_real(name, value)
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
         raise InputError(
             f"expected a finite epsilon > 0; got {epsilon}; for a run without privacy, to compare with, pass "
@@ -144,6 +150,14 @@ def _check_privacy(config: FinetuneConfig) -> None:
         raise InputError(
             f"expected an accountant out of {sorted(ACCOUNTANTS)}; got {config.accountant!r}; prv is tight"
         )
+
+
+def _require_real(name: str, value: object) -> None:
+    if value is not None:
+        try:
+            check_real(name, value)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def _check_sampling(config: FinetuneConfig) -> None:

@@ -203,6 +203,7 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: P
             estimator=_estimator(config, model, number, batch_size),
             sampler=config.sampler,
             relation=config.relation,
+            allow_large_delta=config.allow_large_delta,
         )
     except UnpricedEvent as error:
         raise InputError(str(error)) from error

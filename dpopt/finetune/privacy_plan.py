@@ -23,11 +23,11 @@ from accountants import (
     accountant,
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
-from dpopt.budget import Budget
+from dpopt.budget import Budget, require_needed, require_small_delta
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.prices import priced
 from dpopt.finetune.continuing import spent_before
-from dpopt.samplers import charges, noise_within, sized
+from dpopt.samplers import charges, noise_within, sized, touched
 from dpopt.sampling import PoissonSampling, Sampling
 
 DEFAULT_EPSILON = 8.0
@@ -104,15 +104,18 @@ def plan_privacy(
     estimator: Estimator,
     sampler: str = "poisson",
     relation: str = ADD_REMOVE,
+    allow_large_delta: bool = False,
 ) -> PrivacyPlan:
     """Settle the noise for a budget, or the price of a noise, on top of what `ledger` holds already.
 
     Without `noise_multiplier`, the smallest noise is taken that keeps the whole ledger within `epsilon`.
 
     Raises:
+        ValueError: delta is above 1 / num_records without `allow_large_delta`, or covers all who are drawn.
         BudgetExhausted: no noise, or not the noise given, keeps the run within the budget.
     """
     delta = default_delta(num_records) if delta is None else delta
+    require_small_delta(Budget(math.inf, delta, allow_large_delta), num_records)
     spent = spent_before(ledger, relation)
     sampling = sized(sampler, num_records=num_records, batch_size=batch_size)
     rule = accountant(accountant_name, relation)
@@ -120,6 +123,7 @@ def plan_privacy(
     whole = priced(estimator, sampling, charges(sampling, steps))
     if noise_multiplier is None:
         assert budget is not None
+        require_needed(Budget(budget, delta), touched(sampling, steps))
         noise_multiplier = _noise(spent, rule, sampling, estimator, steps, Budget(budget, delta), ledger)
         _refuse_drowned(noise_multiplier, batch_size, budget)
     found = _price(spent, rule, whole, noise_multiplier, steps)(delta)

@@ -23,6 +23,7 @@ from dpopt.finetune.language_model import TokenBatch, collate, logits, padding
 from dpopt.finetune.listener import Listener, Silence, StepSeen
 from dpopt.finetune.outcome import Outcome, build_report
 from dpopt.finetune.plan import Prepared, prepare
+from dpopt.finetune.privacy_plan import PrivacyPlan
 from dpopt.finetune.saving import NotSaved, check_room, save_all
 from dpopt.finetune.tuning import Tuning
 from dpopt.losses import causal_lm_losses
@@ -110,7 +111,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
         estimator=privacy.estimator,
         mechanism=GaussianMechanism(privacy.noise_multiplier),
         sampling=privacy.sampling,
-        budget=None if privacy.budget is None else Budget(privacy.budget, privacy.delta),
+        budget=_budget(privacy),
         ledger=plan.ledger,
         accountant_name=privacy.accountant,
         unit=plan.unit,
@@ -121,6 +122,11 @@ def _private(prepared: Prepared) -> PrivateTraining:
         # Without resume the plan has settled and shown what this run adds to the ledger.
         new_configuration=not plan.resume,
     )
+
+
+def _budget(privacy: PrivacyPlan) -> Budget | None:
+    # The plan has settled whether so large a delta was asked for.
+    return None if privacy.budget is None else Budget(privacy.budget, privacy.delta, allow_large_delta=True)
 
 
 def _train(run: _Run, private: PrivateTraining) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from accountants import Event, Gaussian
 from clipping import ClippedSum, kernels
 from dpopt import normals
+from dpopt.budget import check_real
 from dpopt.cryptographic import CipherKey
 
 NoiseSource = Callable[[str, torch.device], torch.Generator | CipherKey]
@@ -56,6 +57,7 @@ class GaussianMechanism:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
+        check_real("noise_multiplier", self.noise_multiplier)
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise ValueError(
                 f"expected a finite noise_multiplier >= 0; got {self.noise_multiplier}; calibrate it with "

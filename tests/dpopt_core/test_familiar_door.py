@@ -20,8 +20,8 @@ def test_three_objects_two_of_them_the_same():
     engine, same_model, same_optimizer, loader = familiar(model, dataset, optimizer=optimizer)
     assert same_model is model and same_optimizer is optimizer and type(optimizer) is torch.optim.AdamW
     assert isinstance(loader, DataLoader) and len(loader) == 3 and loader.dataset is dataset
-    for mode in ("ghost", "functorch", "ew"):
-        assert familiar(grad_sample_mode=mode, wrap_model=False)[0] is not engine  # three objects each time
+    for mode in ("functorch", "ew"):
+        assert familiar(grad_sample_mode=mode)[0] is not engine  # three objects each time
 
 
 def test_no_gradient_exists_before_the_step():
@@ -42,6 +42,8 @@ def test_the_released_gradient_is_the_clipped_mean(reduction, parts):
         model, data, loss_reduction=reduction, criterion=nn.CrossEntropyLoss(reduction=reduction)
     )
     train(model, optimizer, loader, lambda x, y: F.cross_entropy(x, y, reduction=reduction), parts)
+    if reduction == "sum":  # the sum itself, as in Opacus
+        expected = {name: value * 8 for name, value in expected.items()}
     assert_gradients(model, expected, tolerance=1e-12)
 
 
@@ -107,8 +109,8 @@ def test_per_layer_clipping_takes_a_list_or_one_norm():
         familiar(clipping="per_layer", max_grad_norm=[1.0])
     with pytest.raises(ValueError, match="expected one max_grad_norm with clipping='flat'; got"):
         familiar(max_grad_norm=[1.0, 2.0])
-    with pytest.raises(ValueError, match=r"out of flat, automatic, psac, per_layer, .*; got 'adaptive'"):
-        familiar(clipping="adaptive")
+    with pytest.raises(ValueError, match=r"out of flat, automatic, psac, per_layer, .*; got 'best'"):
+        familiar(clipping="best")
 
 
 def test_evaluation_between_steps():
@@ -148,8 +150,6 @@ def test_two_engines_in_one_process():
         assert engine.noise_multiplier in (1.0, 2.0)
     assert [e.training.ledger.num_charges for e in (a[0], b[0])] == [2, 1]
     assert not torch.equal(a[1][0].weight.grad, b[1][0].weight.grad)
-    with pytest.raises(RuntimeError, match="use one PrivacyEngine per model"):
-        familiar(engine=a[0])
     with pytest.raises(RuntimeError, match="expected an engine in use"):
         PrivacyEngine().get_epsilon(1e-5)
 

@@ -59,7 +59,9 @@ def test_no_loss_is_printed_unless_validation_is_public(options, validation_file
 
 
 def test_a_non_private_run_is_warned_of(options) -> None:
-    done = invoke(*options, "--noise-multiplier", 0, "--insecure-seed", 1, "--delta", 0.1)
+    done = invoke(
+        *options, "--noise-multiplier", 0, "--insecure-seed", 1, "--delta", 0.1, "--allow-large-delta"
+    )
     assert done.exit_code == 0, done.output
     assert "not private: no noise is added" in done.stderr
     assert "not private: the randomness comes from the public seed 1" in done.stderr

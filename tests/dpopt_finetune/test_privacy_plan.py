@@ -107,3 +107,24 @@ def test_prices_on_the_way_are_upper_bounds_that_end_at_the_plan(tmp_path: Path)
         assert true <= price(step) <= found.epsilon
     assert price(0) == 0
     assert price(100) == found.epsilon
+
+
+def test_a_delta_above_one_record_is_refused_unless_asked_for_by_name(tmp_path: Path) -> None:
+    for changes in ({}, {"epsilon": None, "noise_multiplier": 1.0}):
+        with pytest.raises(
+            ValueError, match=r"expected delta of at most 1 / number of records, 0.001; got 0.002"
+        ):
+            plan(tmp_path / "none", delta=0.002, **changes)
+        assert plan(tmp_path / "none", delta=0.001, **changes).delta == 0.001
+        assert plan(tmp_path / "none", delta=0.002, allow_large_delta=True, **changes).delta == 0.002
+
+
+@pytest.mark.parametrize("sampler", ["poisson", "truncated-poisson", "fixed-size"])
+def test_a_delta_that_covers_all_who_are_drawn_is_refused_even_then(sampler: str, tmp_path: Path) -> None:
+    settings = {
+        "delta": 0.5, "allow_large_delta": True, "steps": 5, "sampler": sampler,
+        "relation": "replace-one" if sampler == "fixed-size" else "add-or-remove-one",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected a delta below 0.226, the probability that the run draws"):
+        plan(tmp_path / "none", **settings)
+    assert plan(tmp_path / "none", **settings | {"delta": 0.01}).noise_multiplier > 0.1
