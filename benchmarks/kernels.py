@@ -121,8 +121,8 @@ def layer_cases(layer: str, dtype: str, positions: int, rounds: int) -> list[Tim
 
 def noise_case(count: int, rounds: int) -> Timed:
     """Noise on a parameter of `count` elements."""
-    from clipping.kernels import add_normal
     from dpopt.mechanisms.gaussian import add_normal as plain_noise
+    from dpopt.philox import add_normal
 
     values = torch.zeros(count, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)

@@ -36,7 +36,6 @@ from clipping import (
 )
 from clipping.loss_checks import LossChecks
 from dpopt.admission import Admission
-from dpopt.estimators.stage import Stage
 from dpopt.probing import Probing
 
 
@@ -116,16 +115,25 @@ class StepSum:
         count = self.contribution.counts.get(name)
         return self._parameter(name).numel() if count is None else count.size
 
-    def begin(self, num_drawn: int, stage: Stage | None = None, records: Iterable[int] | None = None) -> None:
-        """Start a step on a batch of `num_drawn` examples: `records`, where an estimator asks which they are.
+    def begin(
+        self,
+        num_drawn: int,
+        contribution: Contribution | None = None,
+        records: Iterable[int] | None = None,
+        *,
+        repeats: int = 1,
+        two_points: bool = False,
+    ) -> None:
+        """Start a step on a batch of `num_drawn` examples: `records`, where a contribution asks which they are.
 
-        Without a `stage`, each example contributes as before.
+        `contribution` is what each example adds, None: as before. More than one of `repeats` keeps the batch, to sum it
+        so often. `two_points` says that each example adds a difference of gradients at two points.
         """
         self.admission.begin(num_drawn, records)
-        if stage is not None:
-            self.sums = self._running = replace(self.sums, contribution=stage.contribution)
-            self._held = [] if stage.rounds > 1 else None
-            self._pairs = stage.previous is not None
+        if contribution is not None:
+            self.sums = self._running = replace(self.sums, contribution=contribution)
+            self._held = [] if repeats > 1 else None
+            self._pairs = two_points
         self.probing.begin()
         self.tape.turns.renew()
 

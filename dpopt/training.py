@@ -232,7 +232,13 @@ class PrivateTraining:
         self.payments.rounds.require_open(number)
         every = self.sampling.steps_per_charge > 1
         stage = self.estimator.stage(self.steps if every else self.payments.number(number))
-        self.sum.begin(num_drawn, stage, records)
+        self.sum.begin(
+            num_drawn,
+            stage.contribution,
+            records,
+            repeats=stage.rounds,
+            two_points=stage.previous is not None,
+        )
         self._begun, self._stage = number, stage
 
     def batches(

@@ -15,21 +15,20 @@ from torch import Tensor
 from clipping.kernels.trust import (
     available,
     enable,
+    is_enabled,
     serves,
-    serves_noise,
     serves_total,
     trusted,
     without,
 )
 
 __all__ = [
-    "add_normal",
     "available",
     "enable",
     "formed_sq_norm",
     "ghost_sq_norm",
+    "is_enabled",
     "serves",
-    "serves_noise",
     "serves_total",
     "trusted",
     "weighted_sum",
@@ -58,10 +57,3 @@ def weighted_sum(left: Tensor, right: Tensor, weights: Tensor, into: Tensor) -> 
     from clipping.kernels import totals
 
     return totals.weighted_sum(left, right, weights, into)
-
-
-def add_normal(values: Tensor, std: float, seed: int, stream: int, factor: float = 1.0) -> Tensor:
-    """(values + std * normal) * factor, in place; see `clipping.kernels.noise`."""
-    from clipping.kernels import noise
-
-    return noise.add_normal(values, std, seed, stream, factor)

@@ -23,7 +23,10 @@ _SMALLEST_TILE = 64
 # Odd sizes, and aligned ones with several tiles and prefetched runs: triton compiles these apart.
 _SHAPES = ((3, 2, 70, 37, 45), (2, 1, 208, 208, 144))
 
-_verdicts: dict[torch.device, bool] = {}
+Checks = tuple[tuple[str, Callable[[torch.device], str]], ...]
+"""Kernels by name, with what compares each with its twin on a device: "" where they agree, else the difference."""
+
+_verdicts: dict[tuple[torch.device, Checks], bool] = {}
 _enabled = [False]
 
 
@@ -42,6 +45,11 @@ def enable(wanted: bool = True) -> None:
     measures it on a device.
     """
     _enabled[0] = wanted
+
+
+def is_enabled() -> bool:
+    """Whether the kernels may take over: `enable()` was called, and no `without()` block is open."""
+    return _enabled[0]
 
 
 @contextmanager
@@ -73,14 +81,8 @@ def serves_total(left: Tensor, right: Tensor, into: Tensor | None) -> bool:
     return serves(left, right)
 
 
-def serves_noise(values: Tensor) -> bool:
-    """Whether the kernels add noise to `values` in place."""
-    kind = values.dtype in (torch.float32, torch.float64) and values.is_contiguous()
-    return values.device.type == "cuda" and _enabled[0] and kind and trusted(values.device)
-
-
-def trusted(device: torch.device | str) -> bool:
-    """Whether the kernels are available on `device` and agreed with PyTorch there; tried once per device.
+def trusted(device: torch.device | str, checks: Checks | None = None) -> bool:
+    """Whether the kernels are available on `device` and pass their `checks` there (default: `OWN`); tried once per device.
 
     Guarantees
     ----------
@@ -90,13 +92,14 @@ def trusted(device: torch.device | str) -> bool:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _verdicts:
-        _verdicts[device] = available(device) and _agree(device)
-    return _verdicts[device]
+    asked = device, OWN if checks is None else checks
+    if asked not in _verdicts:
+        _verdicts[asked] = available(device) and _agree(*asked)
+    return _verdicts[asked]
 
 
-def _agree(device: torch.device) -> bool:
-    for name, check in (("norms", _check_norms), ("weighted sum", _check_sum), ("noise", _check_noise)):
+def _agree(device: torch.device, checks: Checks) -> bool:
+    for name, check in checks:
         try:
             found = check(device)
         except Exception as error:  # whatever a compiler or driver raises, training goes on without kernels
@@ -157,12 +160,5 @@ def _check_sum(device: torch.device) -> str:
     return ""
 
 
-def _check_noise(device: torch.device) -> str:
-    from clipping.kernels import noise
-
-    seed, stream, count = 0xFEDCBA9876543210, 0x8000000000000001, 5000
-    values = torch.ones(count, device=device)
-    noise.add_normal(values, 2.0, seed, stream, factor=0.5)
-    exact = (1 + 2.0 * noise.reference_normal(count, seed, stream)) * 0.5
-    error = (values.cpu().double() - exact).abs().max().item()
-    return "" if error <= 1e-5 else f"a largest difference of {error}"
+OWN: Checks = (("norms", _check_norms), ("weighted sum", _check_sum))
+"""The checks of the kernels in this package."""

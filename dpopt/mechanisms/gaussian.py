@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from accountants import Event, Gaussian
-from clipping import ClippedSum, kernels
-from dpopt import normals
+from clipping import ClippedSum
+from dpopt import normals, philox
 from dpopt.budget import check_real
 from dpopt.cryptographic import CipherKey
 
@@ -95,8 +95,8 @@ def add_normal(total: Tensor, std: float, source: torch.Generator | CipherKey, d
     if isinstance(source, CipherKey):
         normals.add_normal(total, std, source, divisor)
         return
-    if kernels.serves_noise(total):  # the generator is this query's own, and with it the key of its stream
-        kernels.add_normal(total, std, source.initial_seed(), stream=0, factor=1 / divisor)
+    if philox.serves(total):  # the generator is this query's own, and with it the key of its stream
+        philox.add_normal(total, std, source.initial_seed(), stream=0, factor=1 / divisor)
         return
     flat = total.view(-1)
     scratch_size = _SCRATCH if total.device.type == "cpu" else _DEVICE_SCRATCH

@@ -7,8 +7,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipping.kernels import formed, ghost, noise, totals
+from clipping.kernels import formed, ghost, totals
 from clipping.kernels.blocks import blocks_for, torch
+from dpopt import philox_kernel
 
 POINTERS = {"partial": "*fp32", "weights": "*fp32", "total": "*fp32", "values": "*fp32"}
 SCALARS = {"std": "fp32", "factor": "fp32", "seed": "i64", "stream": "i64"}
@@ -56,7 +57,13 @@ def check(capability):
             assert ("mma" in made.asm["ptx"]) == (dtype == torch.bfloat16), kernel
             assert "tf32" not in made.asm["ptx"], kernel
             assert made.metadata.shared <= 160 * 1024, kernel
-    compiled(noise.normal_kernel, "", {"HALF": noise.HALF}, blocks_for(torch.float32, 64), capability)
+    compiled(
+        philox_kernel.normal_kernel,
+        "",
+        {"HALF": philox_kernel.HALF},
+        blocks_for(torch.float32, 64),
+        capability,
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from clipping import kernels
-from clipping.kernels import formed, ghost, noise, totals, trust
+from clipping.kernels import formed, ghost, totals, trust
 from clipping.kernels.blocks import EPSILON, Blocks
+from dpopt import philox, philox_kernel
 
 SMALL = Blocks(tile=16, width=16, warps=4, stages=1)
 MIDDLE = Blocks(tile=32, width=32, warps=4, stages=1)
@@ -264,7 +265,7 @@ def test_blocks_refuse_sizes_without_a_bound():
 
 
 def drawn(count, seed=7, stream=0, std=1.0):
-    return noise.add_normal(torch.zeros(count), std, seed, stream)
+    return philox_kernel.add_normal(torch.zeros(count), std, seed, stream)
 
 
 def test_philox_known_answers():
@@ -275,7 +276,7 @@ def test_philox_known_answers():
         (ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     ):
         counter = tuple(np.array([word], dtype=np.uint64) for _ in range(4))
-        got = noise.philox(counter, word | word << 32)
+        got = philox_kernel.philox(counter, word | word << 32)
         assert tuple(int(x[0]) for x in got) == answer
 
 
@@ -284,8 +285,8 @@ def test_philox_known_answers():
 def test_noise_is_the_stated_stream(count, dtype):
     for seed, stream in ((0, 0), (1, 1), (2**64 - 1, 2**63), (2**40 + 5, 2**32)):
         values = torch.arange(count, dtype=dtype)
-        expected = (values.double() + 2.5 * noise.reference_normal(count, seed, stream)) * 0.25
-        got = noise.add_normal(values, 2.5, seed, stream, factor=0.25)
+        expected = (values.double() + 2.5 * philox_kernel.reference_normal(count, seed, stream)) * 0.25
+        got = philox_kernel.add_normal(values, 2.5, seed, stream, factor=0.25)
         assert got is values
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -312,26 +313,26 @@ def test_streams_are_reproducible_and_independent():
         other = drawn(count, seed, stream)
         assert abs((reference * other).mean()) < 5 / count**0.5
         assert abs((reference.square() * other.square()).mean() - 1) < 5 * (8 / count) ** 0.5
-    halves = reference.view(-1, 2, noise.HALF)
+    halves = reference.view(-1, 2, philox_kernel.HALF)
     assert abs((halves[:, 0] * halves[:, 1]).mean()) < 5 / (count / 2) ** 0.5
 
 
 def test_noise_reaches_the_stated_tail():
     smallest = 0.5 * 2.0**-64
-    assert math.sqrt(-2 * math.log(smallest)) == pytest.approx(noise.LARGEST)
-    assert noise._float32_above(0.1) >= 0.1
-    assert noise._float32_above(0.3) >= 0.3
-    assert noise._float32_above(0.5) == 0.5
+    assert math.sqrt(-2 * math.log(smallest)) == pytest.approx(philox_kernel.LARGEST)
+    assert philox_kernel._float32_above(0.1) >= 0.1
+    assert philox_kernel._float32_above(0.3) >= 0.3
+    assert philox_kernel._float32_above(0.5) == 0.5
 
 
 def test_noise_refuses():
     with pytest.raises(ValueError, match=r"contiguous float32 or float64 values; got torch\.bfloat16"):
-        noise.add_normal(torch.zeros(3, dtype=torch.bfloat16), 1.0, 0, 0)
+        philox_kernel.add_normal(torch.zeros(3, dtype=torch.bfloat16), 1.0, 0, 0)
     with pytest.raises(ValueError, match=r"got torch\.float32 with strides"):
-        noise.add_normal(torch.zeros(3, 2).T, 1.0, 0, 0)
+        philox_kernel.add_normal(torch.zeros(3, 2).T, 1.0, 0, 0)
     for std, seed, stream in ((math.nan, 0, 0), (-1.0, 0, 0), (1.0, 1 << 64, 0), (1.0, 0, -1)):
         with pytest.raises(ValueError, match="a finite std >= 0 and a seed and a stream of 64 bits"):
-            noise.add_normal(torch.zeros(3), std, seed, stream)
+            philox_kernel.add_normal(torch.zeros(3), std, seed, stream)
 
 
 # -- trust ----------------------------------------------------------------------------------------------------
@@ -356,7 +357,6 @@ def test_trusted_when_they_agree_and_asked_once(as_available, monkeypatch):
         ("ghost", "ghost_sq_norm", "norms"),
         ("formed", "formed_sq_norm", "norms"),
         ("totals", "weighted_sum", "weighted sum"),
-        ("noise", "add_normal", "noise"),
     ],
 )
 def test_a_wrong_kernel_warns_once_and_is_not_used(as_available, monkeypatch, module, name, blamed):
@@ -368,12 +368,26 @@ def test_a_wrong_kernel_warns_once_and_is_not_used(as_available, monkeypatch, mo
         first.mul_(0.98)
         return got
 
-    monkeypatch.setattr(globals()[module], name, wrong if name != "add_normal" else lambda *a, factor: None)
+    monkeypatch.setattr(globals()[module], name, wrong)
     with pytest.warns(
         UserWarning, match=f"expected the Triton kernels on cpu to agree.*{blamed}.*off|differ"
     ):
         assert not trust.trusted("cpu")
     assert not trust.trusted("cpu")
+
+
+def test_wrong_noise_warns_once_and_leaves_the_other_kernels(as_available, monkeypatch):
+    monkeypatch.setattr(philox_kernel, "add_normal", lambda *given, factor: None)
+    with pytest.warns(UserWarning, match="from the kernel of the noise, a largest difference"):
+        assert not philox.trusted("cpu")
+    assert not philox.trusted("cpu")
+    assert trust.trusted("cpu")
+
+
+def test_the_noise_is_trusted_by_a_check_of_its_own(as_available, monkeypatch):
+    assert philox.trusted("cpu")
+    monkeypatch.setattr(trust, "_agree", None)
+    assert philox.trusted("cpu")
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(as_available, monkeypatch):
@@ -390,4 +404,4 @@ def test_the_wrappers_reach_the_kernels():
     assert kernels.ghost_sq_norm(left, right)[0].shape == (1,)
     assert kernels.formed_sq_norm(left, right).shape == (1,)
     assert kernels.weighted_sum(left, right, torch.ones(1), torch.zeros(1, 3, 2)).shape == (1, 3, 2)
-    assert kernels.add_normal(torch.zeros(3), 1.0, 0, 0).numel() == 3
+    assert philox.add_normal(torch.zeros(3), 1.0, 0, 0).numel() == 3

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a reader walks through one step: files entered and moves between them, Opacus' step beside ours.
+
+python -m benchmarks.path [--files] [--write NAME.json] [--against NAME.json]
+
+Counts what Python's tracer sees of one step after warm-up: a file is entered where a function of it is called, and a move is
+a call in another file of the project than the call before. Time plays no part, so the counts are the same on every machine.
+`--write` keeps them, and `--against` prints those of an earlier file first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpopt import PrivacyEngine
+
+RECORDS, BATCH, WARM_UP = 640, 32, 3
+OURS = ("accountants", "clipping", "dpopt")
+
+Phases = Mapping[str, Callable[[], object]]
+"""The parts of a step by name, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The files of the project in which a step called functions, one entry for each call, by part of the step."""
+
+    calls: Mapping[str, Sequence[str]]
+
+    def of(self, phase: str | None = None) -> Sequence[str]:
+        """The calls of one part, or of the whole step."""
+        parts = self.calls.values() if phase is None else (self.calls[phase],)
+        return [name for part in parts for name in part]
+
+    def files(self, phase: str | None = None) -> int:
+        """How many files are entered."""
+        return len(set(self.of(phase)))
+
+    def moves(self, phase: str | None = None) -> int:
+        """How many calls are in another file than the call before."""
+        calls = self.of(phase)
+        return sum(a != b for a, b in zip(("", *calls), calls, strict=False))
+
+
+def walked(phases: Phases, packages: Iterable[str]) -> Walk:
+    """Trace one step, in the files of `packages`."""
+    specs = {package: find_spec(package) for package in packages}
+    folders = {f"{Path(spec.origin).parent}/": p for p, spec in specs.items() if spec and spec.origin}
+    names: dict[str, str] = {}
+    calls: dict[str, list[str]] = {}
+
+    def named(file: str) -> str:
+        if file not in names:
+            found = (f"{p}/{file.removeprefix(d)}" for d, p in folders.items() if file.startswith(d))
+            names[file] = next(found, "")
+        return names[file]
+
+    for phase, work in phases.items():
+        seen: list[str] = []
+
+        def trace(frame: FrameType, event: str, _: Any, seen: list[str] = seen) -> None:
+            if event == "call" and (name := named(frame.f_code.co_filename)):
+                seen.append(name)
+
+        before = sys.gettrace()
+        threading.settrace(trace)  # backward may run in threads of its own
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
+            threading.settrace(before)  # pyright: ignore[reportArgumentType]
+        calls[phase] = seen
+    return Walk(calls)
+
+
+def task() -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+    """A perceptron of two layers, 20-64-2, and 640 records."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
+    data = TensorDataset(torch.randn(RECORDS, 20), torch.randint(0, 2, (RECORDS,)))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=BATCH)
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> Phases:
+    """One turn of an ordinary loop, part by part."""
+    batches, kept = iter(loader), {}
+
+    def batch() -> None:
+        kept["inputs"], kept["labels"] = next(batches)
+        optimizer.zero_grad()
+
+    def forward() -> None:
+        kept["loss"] = nn.functional.cross_entropy(model(kept["inputs"]), kept["labels"])
+
+    return {
+        "batch": batch,
+        "forward": forward,
+        "backward": lambda: kept["loss"].backward(),
+        "step": optimizer.step,
+    }
+
+
+@contextmanager
+def ours() -> Iterator[Phases]:
+    """The step of `dpopt.PrivacyEngine`, its ledger on disk."""
+    model, optimizer, loader = task()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with PrivacyEngine(ledger=Path(folder) / "ledger.jsonl") as engine:
+            made = engine.make_private(
+                module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
+            )
+            yield loop(*made)
+
+
+@contextmanager
+def opacus() -> Iterator[Phases]:
+    """The step of Opacus' engine of the same name, in its default mode."""
+    model, optimizer, loader = task()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus import PrivacyEngine as Peer
+
+        made: Any = Peer().make_private(
+            module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
+        )
+        yield loop(*made)
+
+
+def measured() -> dict[str, Walk]:
+    """One step of each, after warm-up."""
+    found = {}
+    for name, made, packages in (("dpopt", ours, OURS), ("Opacus", opacus, ("opacus",))):
+        if not all(find_spec(package) for package in packages):
+            continue
+        with made() as phases:
+            for _ in range(WARM_UP):
+                for work in phases.values():
+                    work()
+            found[name] = walked(phases, packages)
+    return found
+
+
+def table(walks: Mapping[str, Walk]) -> str:
+    """One row for each library: calls, files and moves of a step, and of each of its parts."""
+    parts = list(next(iter(walks.values())).calls)
+    lines = [
+        f"| one step of | calls | files | moves | {' | '.join(f'{part}: files, moves' for part in parts)} |",
+        f"|---|---|---|---|{'---|' * len(parts)}",
+    ]
+    for name, walk in walks.items():
+        cells = " | ".join(f"{walk.files(part)}, {walk.moves(part)}" for part in parts)
+        lines.append(f"| {name} | {len(walk.of())} | {walk.files()} | {walk.moves()} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--files", action="store_true", help="list the files too, in the order of entering")
+    parser.add_argument("--write", type=Path, help="keep the counts in this file")
+    parser.add_argument("--against", type=Path, help="print the counts of this file first")
+    options = parser.parse_args(words)
+    walks = measured()
+    if options.write is not None:
+        options.write.write_text(json.dumps({n: asdict(walk) for n, walk in walks.items()}) + "\n")
+    before = {} if options.against is None else json.loads(options.against.read_text())
+    earlier = {f"{name}, before": Walk(**walk) for name, walk in before.items()}
+    print(table(earlier | walks))
+    for name, walk in walks.items() if options.files else ():
+        calls = walk.of()
+        print(f"\n{name}")
+        print("\n".join(f"{calls.count(file):4} {file}" for file in dict.fromkeys(calls)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The path of a step is counted, and grows no longer."""
+
+from benchmarks import path
+
+MOST_FILES, MOST_MOVES = 60, 360
+"""Lower these with every shortening, so that none is lost."""
+
+
+def test_the_path_of_a_step_is_no_longer_than_it_was(tmp_path, capsys):
+    file = tmp_path / "path.json"
+    path.main(["--write", str(file), "--files"])
+    out = capsys.readouterr().out
+    assert "| dpopt |" in out and "dpopt/engine.py" in out
+    path.main(["--against", str(file)])
+    rows = [line.split("|")[1:5] for line in capsys.readouterr().out.splitlines()]
+    found = {name.strip(): tuple(map(int, counts)) for name, *counts in rows[2:]}
+    assert found["dpopt"] == found["dpopt, before"]  # counts, not times: nothing of it is chance
+    _, files, moves = found["dpopt"]
+    assert files <= MOST_FILES and moves <= MOST_MOVES
+
+
+def test_a_move_is_a_call_in_another_file():
+    walk = path.Walk({"one": ["a", "a", "b", "a"], "two": ["a", "c"]})
+    assert (walk.files(), walk.moves()) == (3, 4)
+    assert (walk.files("two"), walk.moves("two")) == (2, 2)
