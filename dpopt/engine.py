@@ -234,6 +234,10 @@ class PrivacyEngine:
         if self._training is not None:
             self._training.__exit__(None, None, None)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PrivacyEngine:
+        """The engine itself, for copies of what holds it (a module with its engine, say): a run is not copied."""
+        return self
+
     def __enter__(self) -> PrivacyEngine:
         """Return itself."""
         return self

@@ -161,6 +161,10 @@ class PrivateTraining:
         self.sum.end()
         self._account.close()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PrivateTraining:
+        """The run itself, for copies of what holds it: a ledger has one writer."""
+        return self
+
     @property
     def ledger(self) -> Ledger:
         """The open ledger of this run."""
