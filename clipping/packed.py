@@ -40,8 +40,11 @@ def padded_gradients(inputs: Inputs, grads: tuple[Tensor | None, ...]) -> tuple[
 
 def refuse_packed(layer: Layer, inputs: Inputs) -> None:
     """Raise TypeError where a layer that cannot tell a packed sequence's examples apart is called with one."""
-    leaf = len(pytree.tree_leaves(packed_input(inputs))) == 1  # torch < 2.7 does not look inside
-    if packed_input(inputs) is not None and (layer.rule is None or leaf):
+    packed = packed_input(inputs)
+    if packed is None:
+        return
+    is_leaf = len(pytree.tree_leaves(packed)) == 1  # torch < 2.7 does not look inside
+    if layer.rule is None or is_leaf:
         raise TypeError(
             f"expected padded tensors (B, T, D) at {layer.name or 'model'!r} ({type(layer.module).__name__}); got a "
             "PackedSequence, whose rows are not the examples; give packed sequences to nn.LSTM, nn.GRU or nn.RNN only, "

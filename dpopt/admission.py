@@ -116,7 +116,7 @@ class Admission:
             raise RuntimeError(
                 "expected a backward on a batch that the private sampler drew; got one outside a step; take the "
                 "examples from batches(...) or from the private data loader itself (not from a copy that another library "
-                "made of it), train on public examples inside public_examples(), send gradients to inputs or to a "
+                "made of it), each batch once, train on public examples inside public_examples(), send gradients to inputs or to a "
                 "generator inside paused(), and use torch.no_grad() to look"
             )
 

@@ -77,7 +77,9 @@ class PrivacyEngine:
     The three objects returned are the model and the optimizer given, and a loader of Poisson batches. The
     loss must be the mean (or, with `loss_reduction="sum"`, the sum) of losses that each depend on one example:
     class weights or masks that make the mean a weighted one do not. The number of records counts as public.
-    Calling `backward()` on parts of a batch accumulates; `detach()` ends the run and leaves no hook behind.
+    Calling `backward()` on parts of a batch accumulates; `.grad` has nothing of it until `step()`, which takes a closure too.
+    Where nobody was drawn, the loader hands out the first record, which adds exactly nothing. `detach()` ends the run
+    and leaves no hook behind.
     """
 
     def __init__(
@@ -457,6 +459,10 @@ class PrivacyEngine:
             run.cleanup()
         self._runs.clear()
         self._ledger.close()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PrivacyEngine:
+        """The engine itself, for copies of what holds it (a module with its engine, say): a run is not copied."""
+        return self
 
     def __enter__(self) -> PrivacyEngine:
         """Return itself."""

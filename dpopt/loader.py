@@ -110,8 +110,8 @@ class PrivateDataLoader(DataLoader[Any]):
             yield batch
             if part.last and step.num_drawn is not None:
                 raise RuntimeError(
-                    "expected optimizer.step() on every drawn batch; got the next request before it; two draws in one step "
-                    "are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "
+                    "expected step() of the private optimizer on every drawn batch; got the next request before it; two draws "
+                    "in one step are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "
                     "data; in place of gradient accumulation over batches (gradient_accumulation_steps=1) give the loader "
                     "a larger batch_size, and call backward() on parts of each batch before one step(), or cut it with "
                     "BatchMemoryManager; wrap a loop that only looks in torch.no_grad()"

@@ -174,6 +174,10 @@ class PrivateTraining:
         self.sum.end()
         self._account.close()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PrivateTraining:
+        """The run itself, for copies of what holds it: a ledger has one writer."""
+        return self
+
     @property
     def is_open(self) -> bool:
         """Whether the run has begun and not ended."""

@@ -49,7 +49,9 @@ def test_a_drawn_batch_is_not_skipped_but_looking_is_free():
     assert engine.training.sum.num_drawn is None
     batches = iter(loader)
     next(batches)
-    with pytest.raises(RuntimeError, match=r"expected optimizer.step\(\) on every drawn batch"):
+    with pytest.raises(
+        RuntimeError, match=r"expected step\(\) of the private optimizer on every drawn batch"
+    ):
         next(batches)
 
 

@@ -89,3 +89,24 @@ def test_a_ledger_that_another_run_holds_is_named_with_the_way(tmp_path):
         familiar(engine=PrivacyEngine(accountant="rdp", ledger=path))
     engine.detach()
     familiar(engine=PrivacyEngine(accountant="rdp", ledger=path))[0].detach()
+
+
+class Holding(nn.Module):
+    """A module that keeps its engine, optimizer and loader, as modules of Lightning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.engine, _, self.optimizer, self.loader = familiar(self.net, noise=1.0)
+
+
+def test_a_copy_of_what_holds_an_engine_shares_its_run():
+    module = Holding()
+    train(module.net, module.optimizer, module.loader)
+    twin = copy.deepcopy(module)
+    assert twin.engine is module.engine and twin.net is not module.net
+    with torch.no_grad():
+        assert torch.equal(*(m.net(torch.ones(2, 4)) for m in (module, twin)))
+    train(module.net, module.optimizer, module.loader)
+    assert module.engine.training.ledger.num_charges == 2
+    module.engine.detach()
