@@ -2,10 +2,12 @@
 """What scripts import from Opacus, under the same names: `from opacus... import X` becomes `from dpopt.opacus import X`.
 
 The submodule does not matter: `opacus.validators.ModuleValidator` and `opacus.utils.batch_memory_manager.BatchMemoryManager`
-are both here. What cannot be here says why when it is imported. What differs: docs/migration.md.
+are both here. What cannot be here can be imported, and says why when it is used. What differs: docs/migration.md.
 """
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 from torch.nn import GRU as DPGRU
 from torch.nn import LSTM as DPLSTM
@@ -87,10 +89,36 @@ _REFUSED = {
 }
 
 
-def __getattr__(name: str) -> object:
+class NotOffered:
+    """Stands where Opacus has something that dpopt has no use for: importing it works, using it says why not."""
+
+    def __init__(self, name: str, bases: tuple[NotOffered, ...] = (), namespace: object = None) -> None:
+        if bases:  # Python makes a subclass by calling the type of its base
+            raise _not_offered(bases[0].name)
+        self.name = name
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Refused, with the way."""
+        raise _not_offered(self.name)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refused, with the way."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _not_offered(self.name)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        """Nothing is one."""
+        return False
+
+
+def _not_offered(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"expected a script without {name}; got one that uses it; {_REFUSED[name]} (docs/migration.md tells more)"
+    )
+
+
+def __getattr__(name: str) -> NotOffered:
     if name in _REFUSED:
-        raise ImportError(
-            f"expected a name that dpopt.opacus has, one of {', '.join(__all__)}; got {name}; {_REFUSED[name]} "
-            "(docs/migration.md tells more)"
-        )
+        return NotOffered(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

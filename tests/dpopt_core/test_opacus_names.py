@@ -31,9 +31,19 @@ def test_names_are_those_of_dpopt():
 
 
 @pytest.mark.parametrize("name", sorted(dpopt.opacus._REFUSED))
-def test_what_is_not_offered_says_why(name):
-    with pytest.raises(ImportError, match=f"got {name}; "):
-        exec(f"from dpopt.opacus import {name}", {})
+def test_what_is_not_offered_can_be_imported_and_says_why_when_it_is_used(name):
+    found = {}
+    exec(f"from dpopt.opacus import {name} as found", found)
+    found = found["found"]
+    for use in (lambda: found(1, a=2), lambda: found.from_data_loader):
+        with pytest.raises(RuntimeError, match=r"docs/migration\.md tells more"):
+            use()
+    with pytest.raises(RuntimeError, match=f"expected a script without {name}; got one that uses it; "):
+
+        class Mine(found):
+            pass
+
+    assert not isinstance(nn.Linear(1, 1), found) and not hasattr(found, "__len__")
 
 
 @pytest.mark.parametrize("name", sorted({*dpopt.opacus.__all__, *dpopt.opacus._REFUSED}))
