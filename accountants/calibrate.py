@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from accountants.curve import Accountant, Curve, check_count, check_delta
-from accountants.events import Event, Gaussian, PoissonSampled, Repeated
+from accountants.events import Event, Gaussian, PoissonSampled, Repeated, shown
 from accountants.registry import accountant as named
 from accountants.relations import ADD_REMOVE
 
@@ -136,7 +136,9 @@ def num_steps(
         high, at_high = max(1, fewest), price(max(1, fewest))
     while at_high <= epsilon:
         if high >= _MOST_STEPS:
-            raise ValueError(f"event must use up the budget; got {event!r}, free for {high} runs; check it")
+            raise ValueError(
+                f"event must use up the budget; got {shown(event)}, free for {high} runs; check it"
+            )
         low, at_low = high, at_high
         high = high + max(1, high // 8) if low and spent is None and accountant != "rdp" else 2 * high
         at_high = price(high)

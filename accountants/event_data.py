@@ -19,18 +19,27 @@ def to_dict(event: Event) -> dict[str, object]:
     """
     if not is_event(event):
         raise UnpricedEvent(f"an event must be one of {', '.join(KINDS)}; got {event!r}; use NonPrivate()")
+    require_small(event)
+    return _data(event)
+
+
+def require_small(event: Event) -> None:
+    """Refuse an event that is too deep or too large to be kept.
+
+    Raises:
+        UnpricedEvent: it is nested deeper than `events.DEEPEST`, or made of more than 100,000 events.
+    """
     if _size(event, DEEPEST, {}) > _LARGEST:
         raise UnpricedEvent(
-            f"an event must be made of at most {_LARGEST} events to be written; got more; count runs by Repeated"
+            f"an event must be made of at most {_LARGEST} events to be charged; got more; count runs by Repeated"
         )
-    return _data(event)
 
 
 def _size(event: Event, left: int, known: dict[int, int]) -> int:
     """How many events `event` is made of; the same object is gone through once."""
     if left == 0:
         raise UnpricedEvent(
-            f"events must be nested at most {DEEPEST} deep to be written; got a deeper nest; count runs by one Repeated"
+            f"events must be nested at most {DEEPEST} deep; got a deeper nest; count runs by one Repeated"
         )
     if id(event) not in known:
         inner = getattr(event, "event", None)

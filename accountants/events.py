@@ -34,7 +34,7 @@ class UnpricedEvent(ValueError):
 MOST = sys.float_info.max
 """The largest number of an event: what a float holds."""
 DEEPEST = 100
-"""How deep events may be nested to be priced, written or read."""
+"""How deep one charge may be nested; twice as deep what is made of charges."""
 
 
 def require(ok: bool, name: str, expected: str, got: object, remedy: str) -> None:
@@ -251,6 +251,25 @@ KINDS: dict[str, type[Event]] = {
 }  # fmt: skip
 
 
+def shown(event: object, depth: int = 4) -> str:
+    """Write an event for people: cut short where it is deep or long, as `repr` would not be."""
+    match event:
+        case Composed(events=events) if len(events) > 9:
+            return f"Composed of {len(events)} events"
+        case Composed(events=events):
+            inner = ", ".join("..." if depth == 0 else shown(part, depth - 1) for part in events)
+            return f"Composed(({inner}))"
+        case Repeated(event=inner, count=n):
+            times = n if n < 10**18 else f"{float(n):.3g}"
+            return f"Repeated({'...' if depth == 0 else shown(inner, depth - 1)}, {times})"
+        case PoissonSampled() | TruncatedPoisson() | FixedSize() | OncePerEpoch() if not isinstance(
+            event.event, Gaussian
+        ):
+            return f"{type(event).__name__}(of {'...' if depth == 0 else shown(event.event, depth - 1)})"
+        case _:
+            return repr(event)
+
+
 def leaves(event: Event) -> tuple[tuple[Leaf, int], ...]:
     """List the mechanisms inside `event` with their total counts, equal ones merged, in a canonical order.
 
@@ -259,7 +278,7 @@ def leaves(event: Event) -> tuple[tuple[Leaf, int], ...]:
 
     Raises:
         UnpricedEvent: sampling around anything but one Gaussian, and the message gives the path to the leaf; a nest
-            deeper than `DEEPEST`; or more runs of one mechanism than a float holds.
+            deeper than twice `DEEPEST`; or more runs of one mechanism than a float holds.
     """
     counts: Counter[Leaf] = Counter()
     for level in _levels(event):
@@ -286,7 +305,7 @@ _Level = tuple[tuple[object, str, int], ...]
 def _levels(event: object) -> Iterator[_Level]:
     """Go down a nest level by level: each event with its path and how often it runs, the same object once."""
     level: _Level = ((event, "event", 1),)
-    for _ in range(DEEPEST):
+    for _ in range(2 * DEEPEST):
         yield level
         below: dict[int, tuple[object, str, int]] = {}
         for outer, path, count in level:
@@ -297,7 +316,7 @@ def _levels(event: object) -> Iterator[_Level]:
         if not level:
             return
     raise UnpricedEvent(
-        f"events must be nested at most {DEEPEST} deep; got a deeper nest; count runs by one Repeated, and compose "
+        f"events must be nested at most {2 * DEEPEST} deep; got a deeper nest; count runs by one Repeated, and compose "
         "side by side"
     )
 
@@ -348,12 +367,12 @@ def _sampled(event: PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch
             return event
         case HiddenFeedback() as inner:
             raise UnpricedEvent(
-                f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}, whose error is shared by all "
+                f"{path}.{type(event).__name__}.event must be a Gaussian; got {shown(inner)}, whose error is shared by all "
                 "steps and comes back whoever is sampled: nothing amplifies it; charge HiddenFeedback itself, which "
                 "holds the sampling rate of its records"
             )
         case inner:
             raise UnpricedEvent(
-                f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}; draw a fresh sample for each "
+                f"{path}.{type(event).__name__}.event must be a Gaussian; got {shown(inner)}; draw a fresh sample for each "
                 "release (Repeated outside the sampling), or merge the releases into one Gaussian"
             )

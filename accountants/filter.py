@@ -19,12 +19,14 @@ Why several orders hold: give each transcript one order for which the rule held 
 loss of the transcript, (1 - exp(epsilon - L))_+ <= c exp((a-1)(L - epsilon)) for every a, and
 exp((a-1)(L - sum rho(a))) is a supermartingale of mean <= 1; so the transcripts of order a add w_a delta at most.
 
-Why any relation will do: none of this asks what makes D and D' neighbours. The supermartingale is that of one pair (D, D')
-and one direction, and needs D_a(step | D, outputs so far || step | D', the same outputs) <= rho(a). Each leaf has a pair
-that dominates it under the relation (`accountants.relations`); a Renyi divergence is, up to a monotone map, an integral
-of its curve with weights >= 0 (Sason, Verdu 2016, arXiv:1508.00335, theorem 9), so that of the dominating pair is
-above it, in both directions. A record replaced costs the Renyi divergence of its own pair, a Gaussian 2 / s
-in place of 1 / s; for the Gaussian rule, the pairs of all steps must be Gaussian ones.
+Why any relation will do: nothing here asks what makes D and D' neighbours. The supermartingale is that of one pair
+(D, D') in one direction, and needs D_a(step on D || step on D') <= rho(a) given the outputs so far. Each mechanism has a pair
+that dominates it under the relation (`accountants.relations`), and x^a is a mixture of (x - u)_+ with weights
+a (a-1) u^(a-2) >= 0 and of linear terms, so that the moment of order a of the likelihood ratio grows with the curve: that of the
+dominating pair is above it. A record replaced costs the divergence of its own pair, for a full batch a
+Gaussian of 2 / noise_multiplier in place of 1. A step that a Gaussian pair dominates is a post-processing of that pair
+(Blackwell 1953; Dong, Roth, Su 2022, arXiv:1905.02383, theorem 2), so the Gaussian rule takes the noise that the
+relation leaves.
 
 At another delta the same charges prove another epsilon: with all sums within B(a), delta(e) is at most
 sum over a of c exp((a-1) (B(a) - e)), the least term alone where every order must hold.
@@ -46,6 +48,7 @@ import numpy as np
 
 from accountants.closed import total_mu
 from accountants.curve import Accountant, Bound
+from accountants.event_data import require_small
 from accountants.events import Event
 from accountants.filter_rule import (
     ADAPTIVE_SCHEDULE,
@@ -225,6 +228,7 @@ class _Memory:
         rule = self.spending.rule
         assert rule is not None
         require_charged_under(event, rule.relation)
+        require_small(event)
         with self._mutex:
             self.spending.require_room(event)
             self.spending.add(event)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accountants.curve import Bound, check_delta
-from accountants.events import Event, Gaussian, UnpricedEvent
+from accountants.events import Event, Gaussian, UnpricedEvent, shown
 from accountants.gaussian import gaussian_delta, gaussian_epsilon, smallest
 from accountants.rdp import ORDERS, RDP
 from accountants.relations import RELATIONS, check_relation, priced
@@ -199,7 +199,7 @@ def _shares(weights: Mapping[float, float], *, disjoint: bool) -> dict[float, fl
     shares: dict[float, float] = {}
     if isinstance(weights, Mapping):
         shares = dict(sorted((_real(order), _real(weight)) for order, weight in weights.items()))
-    if not shares or any(a not in ORDERS or not 0 < w < math.inf for a, w in shares.items()):
+    if not shares or any(a not in ORDERS or not _SMALLEST_DELTA <= w < math.inf for a, w in shares.items()):
         raise ValueError(
             f"orders must be among rdp.ORDERS with weights > 0; got {weights!r}; use choose_order()"
         )
@@ -246,7 +246,7 @@ def _squared_mu(event: Event, relation: str) -> Array:
 
 def _slips(event: Event, slip: float) -> UnpricedEvent:
     return UnpricedEvent(
-        f"a filter must be fed mechanisms with a Renyi price; got {event!r}, which costs delta {slip:.3g} besides; "
+        f"a filter must be fed mechanisms with a Renyi price; got {shown(event)}, which costs delta {slip:.3g} besides; "
         "sample by Poisson without a largest batch, or fix the schedule"
     )
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from accountants.events import Composed, Event, Repeated
+from accountants.events import Composed, Event, Repeated, shown
 from accountants.filter_rule import BudgetExhausted, Rule
 
 MANY = 10**9
@@ -55,7 +55,8 @@ class Spending:
 
     def events(self, relation: str | None = None) -> Composed:
         """Return everything charged as one event, equal charges merged, marked with `relation`."""
-        return Composed(tuple(Repeated(event, count) for event, count in self._counts.items()), relation)
+        counts = dict(self._counts)  # at once: another thread may be charging
+        return Composed(tuple(Repeated(event, count) for event, count in counts.items()), relation)
 
     def has_room(self, event: Event) -> bool:
         """Tell whether `event` fits; always, where nothing governs."""
@@ -72,7 +73,7 @@ class Spending:
         if rule is not None and not self.has_room(event):
             raise BudgetExhausted(
                 f"the release must fit epsilon {rule.epsilon:g} at delta {rule.delta:g} ({rule.method}); got "
-                f"{event!r} with {self.left():.3g} of the budget left; add noise, or stop here"
+                f"{shown(event)} with {self.left():.3g} of the budget left; add noise, or stop here"
             )
 
     def affords(self, event: Event) -> int:

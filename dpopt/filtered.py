@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accountants import BudgetExhausted, Event, Filter, Ledger, Record, budget_filter
+from accountants.events import shown
 from accountants.filter_rule import check_budget
 from dpopt.estimators.prices import Prices
 from dpopt.rounds import Rounds
@@ -115,7 +116,7 @@ class FilteredPayments:
         if self.rounds.is_paid(draw):
             if event != self._paid:
                 raise RuntimeError(
-                    f"expected the mechanism that the whole round was paid for, {self._paid}; got {event}; change the "
+                    f"expected the mechanism that the whole round was paid for, {self._paid}; got {shown(event)}; change the "
                     "noise between two rounds"
                 )
             return
@@ -144,7 +145,7 @@ class FilteredPayments:
 
 def _exhausted(budget: Filter, event: Event, done: int, where: object) -> BudgetExhausted:
     return BudgetExhausted(
-        f"expected a step that fits epsilon {budget.epsilon:g} at delta {budget.delta:g}; got {event} with "
+        f"expected a step that fits epsilon {budget.epsilon:g} at delta {budget.delta:g}; got {shown(event)} with "
         f"{100 * budget.remaining():.3g} % of the filter's budget left after {done} step(s) of this run; raise the noise "
         f"multiplier, lower the sampling rate, or stop here (nothing was charged; ledger {where})"
     )
@@ -157,5 +158,5 @@ def refuse_governed(ledger: Ledger, where: object) -> None:
         raise ValueError(
             f"expected a ledger without a filter, for a run at a fixed noise; got {where}, which a filter of epsilon "
             f"{rule.epsilon:g} at delta {rule.delta:g} governs; spend through it, PrivateTraining(..., "
-            f"budget=AdaptiveBudget({rule.epsilon:g}, {rule.delta:g})), or give this run a ledger of its own"
+            f"budget=AdaptiveBudget({rule.epsilon!r}, {rule.delta!r})), or give this run a ledger of its own"
         )

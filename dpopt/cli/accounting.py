@@ -219,6 +219,8 @@ def _plot(
     """Write epsilon over the number of releases: the tightest accountant and the Renyi bound, or `one`."""
     from dpopt.plots import prices
 
+    if path.is_fifo():
+        raise ValueError(f"a picture must go to a file; got the named pipe {path}; name a file")
     total = sum(count for _, count in releases)
     counts = sorted({max(1, round(total * i / _POINTS)) for i in range(1, _POINTS + 1)}) if total else []
     lines: dict[str, list[tuple[int, float]]] = {}

@@ -106,12 +106,22 @@ def export(
             data["filter"] = dict(history.rule.config)
         if format is Format.JSON:
             data |= {"id": seen.id, "torn_bytes": seen.torn, "num_charges": seen.num_charges}
-            data["records"] = [
-                {"seq": r.seq, "kind": r.kind, "payload": r.payload, "hash": r.hash} for r in history.records
-            ]
-        else:
-            data["event"] = _foreign(seen)
-        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        with patience(errors, f"writing {seen.num_records} records"):
+            if format is Format.JSON:
+                told = _with_records(data, history)
+            else:
+                told = json.dumps(data | {"event": _foreign(seen)}, indent=2, allow_nan=False)
+        typer.echo(told)
+
+
+def _with_records(data: dict[str, object], history: History) -> str:
+    """The JSON of `data` and of the records, one a line."""
+    lines = (
+        json.dumps({"seq": r.seq, "kind": r.kind, "payload": r.payload, "hash": r.hash}, allow_nan=False)
+        for r in history.records
+    )
+    head = json.dumps(data, indent=2, allow_nan=False).removesuffix("\n}")
+    return f'{head},\n  "records": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}"
 
 
 def _foreign(seen: Summary) -> dict[str, object]:
