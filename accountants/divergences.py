@@ -48,8 +48,9 @@ def total_divergences(pairs: Pairs) -> Array:
     total = np.zeros_like(ORDERS)
     if pairs:
         rows = divergences([pair for pair, _ in pairs])
-        for row, (_, count) in zip(rows, pairs, strict=True):
-            total += row * count
+        with np.errstate(over="ignore"):
+            for row, (_, count) in zip(rows, pairs, strict=True):
+                total += row * count
     return total
 
 

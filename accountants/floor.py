@@ -15,18 +15,17 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len
 from scipy.special import ndtr
 
 from accountants.closed import closed_epsilon
 from accountants.curve import check_delta
-from accountants.direction import MAX_POINTS, MAX_WORK, Direction, Steps
+from accountants.direction import MAX_POINTS, MAX_WORK, Direction, Steps, few_digits
 from accountants.dots import FARTHEST, UNIT, Law, gaussian, inner, rounded
 from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled, UnpricedEvent, leaves
 from accountants.loss import Step
-from accountants.outlook import ORDERS, Outlook
+from accountants.outlook import ORDERS, Outlook, fast_size
 from accountants.pld import PLD
-from accountants.relations import ADD_REMOVE, as_step, priced
+from accountants.relations import ADD_REMOVE, as_step, extreme, priced
 from accountants.tilt import Tail, Window, log_moment, transformed
 
 Array = NDArray[np.float64]
@@ -37,6 +36,7 @@ ENOUGH = 1e-3
 _SMALL = 1e-6  # the part of delta that may come in from outside of the window
 _TILT = 0.6
 _TANGENTS = 24
+_MOST_STEPS = 10**12
 _TRIALS = ((0.97, 2e-4), (0.9, 5e-5), (0.9, 1e-5), (0.5, 2e-6), (0.0, 5e-7))
 """The least epsilon looked for and the error the mesh is chosen for, as parts of the upper bound."""
 
@@ -58,10 +58,17 @@ def lower_epsilon(event: Event, delta: float) -> float:
             raise UnpricedEvent(
                 f"a lower bound needs a price that is attained; got {leaf!r}; ask for Poisson samples or full batches"
             )
+        if extreme(leaf):
+            return 0.0
     items = priced(event, ADD_REMOVE).pairs
+    if any(isinstance(pair, NonPrivate) for pair, _ in items):
+        return math.inf
     exact = closed_epsilon(items, delta)
     if exact is not None:
-        return exact if math.isinf(exact) else exact * (1 - 1e-9)
+        # of larger ones some digits are lost
+        return exact * (1 - 1e-9) if exact < 1e6 else 0.0
+    if sum(count for _, count in items) > _MOST_STEPS:
+        return 0.0
     steps = tuple((as_step(leaf), count) for leaf, count in items)
     upper = PLD().curve(event).epsilon(delta)  # it steers, it proves nothing
     found = _one_direction(steps, True, delta, upper)
@@ -93,7 +100,7 @@ def _on_grid(side: Direction, mesh: float, tilt: float, low: float, delta: float
         window, orders = _window(side.outlook, mesh, tilt, log_mass)
         if max(window.size, widest / mesh) <= most:
             break
-        mesh = float(np.float32(1.05 * mesh * max(window.size, widest / mesh) / most))
+        mesh = few_digits(1.05 * mesh * max(window.size, widest / mesh) / most)
         if mesh > 0.7:
             return 0.0
     laws = tuple(
@@ -121,7 +128,7 @@ def _window(
     if not math.isfinite(right[above] - left[below]):
         return Window(mesh, 0, MAX_POINTS * 2, tilt, 0.0), (0.0, 0.0)
     first = math.floor(left[below] / mesh) - 2
-    size = int(next_fast_len(max(16, math.ceil(right[above] / mesh) + 3 - first), real=True) or 0)
+    size = fast_size(math.ceil(right[above] / mesh) + 3 - first)
     return Window(mesh, first, size, tilt, float(ORDERS[above])), (float(ORDERS[below]), float(ORDERS[above]))
 
 

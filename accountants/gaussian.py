@@ -35,7 +35,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         return 0.0
     if delta <= 0 or not math.isfinite(mu):
         return math.inf
-    return smallest(lambda e: gaussian_delta(mu, e) <= delta, start=mu * mu / 2 + mu)
+    return smallest(lambda e: gaussian_delta(mu, e) <= delta, start=mu * mu / 2 + mu, most=1e300)
 
 
 def sampled_delta(mu: float, rate: float, epsilon: float) -> float:
@@ -55,12 +55,17 @@ def sampled_epsilon(mu: float, rate: float, delta: float) -> float:
     return math.log1p(rate * math.expm1(inner)) * (1 + 1e-12)
 
 
-def smallest(holds: Callable[[float], bool], *, start: float) -> float:
-    """Return the smallest x >= 0 at which the monotone `holds` becomes true, approached from above to 1e-10."""
+def smallest(holds: Callable[[float], bool], *, start: float, most: float = 1e15) -> float:
+    """Return the smallest x >= 0 at which the monotone `holds` becomes true, approached from above to 1e-10.
+
+    `inf` where that lies beyond `most`.
+    """
+    if holds(0.0):
+        return 0.0
     low, high = 0.0, max(start, 1e-12)
     while not holds(high):
         low, high = high, 2 * high
-        if high > 1e15:
+        if high > most:
             return math.inf
     while high - low > 1e-10 * high and high > 1e-15:
         middle = (low + high) / 2

@@ -110,7 +110,8 @@ def sampled_nodes(step: Step, ends: tuple[float, float], removed: bool, count: i
     s = step.noise_multiplier
     with np.errstate(divide="ignore"):
         borders = position(step, np.array(ends if removed else (-ends[1], -ends[0])))
-    low, high = max(float(borders[0]), -14 * s), min(float(borders[1]), 1 + 40 * s)
+    low = max(float(borders[0]), -14 * s)
+    high = max(min(float(borders[1]), 1 + 40 * s), low + s, math.nextafter(low, math.inf))
     x = np.linspace(low, high, count)
     losses = loss(step, x)
     density = -x * x / (2 * s * s) - math.log(s * math.sqrt(2 * math.pi) * (count - 1) / (high - low))
@@ -152,7 +153,7 @@ class Composition:
         try:
             with np.errstate(all="ignore"):
                 _, estimate, upper = self.law.compute_epsilon(delta - self.noise, delta_error, eps_error)
-        except (RuntimeError, ValueError, IndexError, MemoryError):
+        except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError):
             return None
         # An upper end below 0 certifies 0.
         sound = math.isfinite(upper) and upper >= -0.5 and upper - eps_error >= estimate - 1e-12
@@ -188,7 +189,7 @@ def compose(
                 composed = _convolve(laws, domain, kind)
                 if composed.noise < delta_error:
                     return composed
-    except (RuntimeError, MemoryError):
+    except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError):
         pass
     return None
 

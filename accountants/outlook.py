@@ -19,7 +19,8 @@ from accountants.tilt import Window
 Array = NDArray[np.float64]
 
 _NODES = 160
-_POSITIVE = np.geomspace(1e-2, 1e7, 64)
+_MOST_POINTS = 1 << 30
+_POSITIVE = np.geomspace(1e-6, 1e7, 93)
 ORDERS: Array = np.concatenate([-_POSITIVE[::-1], [0.0], _POSITIVE])
 
 
@@ -51,8 +52,10 @@ class Outlook:
         best = int(np.flatnonzero(values <= max(float(np.min(values)), log_known - 3))[0])
         return min(0.0, float(values[best])), float(b[best])
 
-    def window(self, mesh: float, tilt: float, epsilon: float, log_mass: float) -> Window:
+    def window(self, mesh: float, tilt: float, epsilon: float, log_mass: float) -> Window | None:
         """Choose the window so that exp(log_mass) at most lies to its right, or comes back from its left.
+
+        None where the mesh is too coarse to tell.
 
         Args:
             mesh: the distance of the grid points.
@@ -67,10 +70,16 @@ class Outlook:
             right = np.where(near & (ORDERS > 0), (psi - log_mass) / ORDERS, np.inf)
             left = np.where(far > 0, (log_mass + tilt * epsilon - psi) / far, -np.inf)
         best = int(np.nanargmin(right))
+        if not math.isfinite(float(right[best])):
+            return None
         first = math.floor(min(float(np.nanmax(left)), epsilon) / mesh) - 2
         top = max(float(right[best]), epsilon) / mesh + 2
-        size = int(next_fast_len(max(16, math.ceil(top) - first), real=True) or 0)
-        return Window(mesh, first, size, tilt, float(ORDERS[best]))
+        return Window(mesh, first, fast_size(math.ceil(top) - first), tilt, float(ORDERS[best]))
+
+
+def fast_size(points: int) -> int:
+    """Round a number of grid points up to one whose transform is fast."""
+    return points if points > _MOST_POINTS else int(next_fast_len(max(16, points), real=True) or 0)
 
 
 def look(steps: tuple[tuple[Step, int], ...], ends: list[tuple[float, float]], *, removed: bool) -> Outlook:

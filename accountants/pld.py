@@ -32,6 +32,8 @@ MAX_DISTINCT = 512
 
 _COARSE = 0.02  # the relative error of the first grid
 _FEW = 64  # the number of distinct mechanisms above which four times the looseness is accepted
+_MOST_STEPS = 10**13  # beyond it the rounding errors of each step add up to all there is
+_LARGE = 1e9  # where closed forms begin to lose digits
 _TILT = 0.6  # the tilt, as a part of the slope of log delta
 
 
@@ -40,7 +42,7 @@ class PLD:
     """The tight accountant for a schedule fixed in advance: milliseconds to a second, within 0.1 %.
 
     Guarantees (of its curves):
-        - never below the truth, in both directions of add-or-remove.
+        - never below the truth, in both directions of add-or-remove, and never above the Renyi bound.
         - `bound(delta).method` is "closed form", "pld" or "rdp".
     """
 
@@ -50,25 +52,29 @@ class PLD:
 
     def curve(self, event: Event) -> LazyCurve:
         """Price `event`; raises `UnpricedEvent`, naming the leaf."""
-        return LazyCurve.of(event, Pricing(_bound, _delta), self.relation)
+        return LazyCurve.of(event, Pricing(pld_bound, pld_delta), self.relation)
 
 
 @lru_cache(maxsize=1024)
-def _bound(items: Leaves, delta: float) -> Bound:
+def pld_bound(items: Leaves, delta: float) -> Bound:
+    """Return the bound at `delta` of merged leaves: by their closed form, on grids, or the Renyi one if it is less."""
     base = (FIXED_SCHEDULE,)
     closed = closed_epsilon(items, delta)
-    if closed is not None:
+    if closed is not None and closed < _LARGE:
         return Bound(closed, delta, "closed form", base)
-    found, sound = (math.inf, False) if delta < 1e-280 else _epsilon(_steps(items), delta)
-    if not sound:
-        safe = renyi_curve(items).epsilon(delta)
-        if safe <= found:
-            return Bound(safe, delta, "rdp", base)
-    return Bound(rounded_up(found), delta, "pld", base)
+    safe = renyi_curve(items).epsilon(delta)
+    if closed is not None:
+        return Bound(min(closed, safe), delta, "closed form" if closed <= safe else "rdp", base)
+    if not 0 < safe < math.inf:
+        return Bound(safe, delta, "rdp", base)
+    steps = _steps(items) if delta > 1e-280 else None
+    found = math.inf if steps is None else rounded_up(_epsilon(steps, delta))
+    return Bound(safe, delta, "rdp", base) if safe <= found else Bound(found, delta, "pld", base)
 
 
 @lru_cache(maxsize=1024)
-def _delta(items: Leaves, epsilon: float) -> float:
+def pld_delta(items: Leaves, epsilon: float) -> float:
+    """Return the delta proven at `epsilon` for merged leaves."""
     closed = closed_delta(items, epsilon)
     if closed is not None:
         return closed
@@ -76,12 +82,19 @@ def _delta(items: Leaves, epsilon: float) -> float:
     if safe < 1e-280 or math.isinf(epsilon):
         return safe
     steps = _steps(items)
+    if steps is None:
+        return safe
     found = _delta_of(steps, epsilon, safe, True, 0.0)
     return found if found >= safe else max(found, _delta_of(steps, epsilon, safe, False, found))
 
 
-def _steps(items: Leaves) -> Steps:
-    """Write the leaves as steps: all plain Gaussians as one, and not too many distinct ones."""
+def _steps(items: Leaves) -> Steps | None:
+    """Write the leaves as steps: all plain Gaussians as one, and not too many distinct ones.
+
+    None for more steps than any grid is made for.
+    """
+    if sum(count for _, count in items) > _MOST_STEPS:
+        return None
     plain = tuple(item for item in items if isinstance(item[0], Gaussian))
     sampled = {as_step(leaf): count for leaf, count in items if not isinstance(leaf, Gaussian)}
     ratio = 0.001
@@ -110,62 +123,61 @@ def _on_geometric_grid(steps: dict[Step, int], ratio: float) -> dict[Step, int]:
     return rounded
 
 
-def _epsilon(steps: Steps, delta: float) -> tuple[float, bool]:
-    """Return the larger epsilon of the two directions, and whether it is as tight as promised."""
-    found, sound = _epsilon_of(steps, delta, True, 0.0)
-    if math.isinf(found):
-        return found, sound
-    if all(KINDS[step.pair].alike or step.sampling_rate == 1 for step, _ in steps):
-        return found, sound  # both directions are alike
-    other, also = _epsilon_of(steps, delta, False, found)
-    return max(found, other), sound and also
+def _epsilon(steps: Steps, delta: float) -> float:
+    """Return the larger epsilon of the two directions."""
+    found = _epsilon_of(steps, delta, True, 0.0)
+    if math.isinf(found) or all(KINDS[step.pair].alike or step.sampling_rate == 1 for step, _ in steps):
+        return found
+    return max(found, _epsilon_of(steps, delta, False, found))
 
 
-def _epsilon_of(steps: Steps, delta: float, removed: bool, known: float) -> tuple[float, bool]:
+def _epsilon_of(steps: Steps, delta: float, removed: bool, known: float) -> float:
     """Bound epsilon in one direction; a result below `known`, the other direction's, need not be tight."""
     side = Direction.of(steps, removed, delta)
     if side is None:
-        return math.inf, False
+        return math.inf
     guess, order = side.outlook.at_delta(delta, known)
     goal = LOOSENESS if len(steps) <= _FEW else 4 * LOOSENESS
-    aim, low, best, loose, slope, kind = _COARSE, 0.0, math.inf, math.inf, order, np.float64
+    aim, low, best, slope, kind = _COARSE, 0.0, math.inf, order, np.float64
     for _ in range(8):
         asked = side.mesh(max(aim * guess, (known - guess) / 2), slope)
-        mesh, tail = side.tail(asked, _TILT * order, low, delta, kind)
+        coarsest = max(asked, side.mesh(3 * guess, order))
+        found = side.tail(asked, coarsest, _TILT * order, low, delta, kind)
+        if found is None:
+            break
+        mesh, tail = found
         value = tail.epsilon(delta)
         best = min(best, value)
         if value <= known:
-            return best, True
+            break
         if known or math.isinf(value):
             (guess, order), known, aim = side.outlook.at_delta(delta), 0.0, aim / 4
             continue
         slope = tail.slope(value)
         if slope == 0:  # what is left lies beyond the window
-            return best, False
+            break
         guess, error, noise = value, side.error(mesh, slope), tail.noise_share(value) / slope
-        loose = (error + noise) / value
         finished = kind is np.longdouble if noise > error else aim <= goal and mesh > 1.2 * asked
-        if loose <= 1.5 * goal or finished:
+        if error + noise <= 1.5 * goal * value or finished:
             break
         kind = np.longdouble if noise > error else kind
         low, aim = (0.9 * value if error < 0.05 * value else 0.0), goal
-    return best, loose < 0.005
+    return best
 
 
 def _delta_of(steps: Steps, epsilon: float, safe: float, removed: bool, known: float) -> float:
     """Bound delta at `epsilon` in one direction; `safe` is a bound already, below `known` it need not be tight."""
-    log_known = math.log(known) if known > 0 else -math.inf
-    side = Direction.of(steps, removed, safe)
-    if side is None:
-        return safe
-    log_delta, order = side.outlook.at_epsilon(epsilon, log_known)
-    near, kind = max(min(safe, math.exp(max(log_delta, -640.0))), 1e-280), np.float64
-    best = safe
-    for _ in range(4):
-        side = Direction.of(steps, removed, near)
-        if side is None:
+    best, near, kind = safe, safe, np.float64
+    for _ in range(6):
+        seen = _near(steps, epsilon, near, removed, known)
+        if seen is None:
             break
-        _, tail = side.tail(side.mesh(0.002 / order, order), _TILT * order, 0.99 * epsilon, near / 10, kind)
+        side, near, order = seen
+        meshes = side.mesh(0.0005 / order, order), side.mesh(20 / order, order)
+        found = side.tail(*meshes, _TILT * order, 0.99 * epsilon, near / 10, kind)
+        if found is None:
+            break
+        tail = found[1]
         value = tail.delta(epsilon)
         best = min(best, value)
         if best <= known:
@@ -177,3 +189,22 @@ def _delta_of(steps: Steps, epsilon: float, safe: float, removed: bool, known: f
         else:
             break
     return best
+
+
+def _near(
+    steps: Steps, epsilon: float, near: float, removed: bool, known: float
+) -> tuple[Direction, float, float] | None:
+    """Look for delta at `epsilon` from `near` downwards; return one direction there, about delta, and its slope.
+
+    Losses so rare that they do not matter near one delta do for a lesser one: it is approached by steps.
+    """
+    log_known = math.log(known) if known > 0 else -math.inf
+    while True:
+        side = Direction.of(steps, removed, near)
+        if side is None:
+            return None
+        log_delta, order = side.outlook.at_epsilon(epsilon, log_known)
+        guess = max(math.exp(max(log_delta, -640.0)), known, 1e-280)
+        if guess >= 1e-3 * near:
+            return side, min(guess, near), order
+        near = max(guess, 1e-4 * near)

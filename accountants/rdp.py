@@ -61,11 +61,14 @@ class RenyiCurve:
             raise ValueError(
                 f"curves must be of one relation to be added; got {self.relation} and {other.relation}; price both anew"
             )
-        return RenyiCurve(self.values + other.values, self.relation, min(1.0, self.slip + other.slip))
+        with np.errstate(over="ignore"):
+            values = self.values + other.values
+        return RenyiCurve(values, self.relation, min(1.0, self.slip + other.slip))
 
     def __mul__(self, count: int, /) -> "RenyiCurve":
         check_count(count)
-        values = self.values * count if count else np.zeros_like(ORDERS)
+        with np.errstate(over="ignore"):
+            values = self.values * count if count else np.zeros_like(ORDERS)
         return RenyiCurve(values, self.relation, min(1.0, self.slip * count))
 
     def epsilon(self, delta: float) -> float:
@@ -95,7 +98,8 @@ class RenyiCurve:
         if math.isinf(epsilon):
             return 0.0 if math.isfinite(float(self.values.min())) else 1.0
         a = ORDERS
-        logs = (a - 1) * (self.values - epsilon + np.log1p(-1 / a)) - np.log(a)
+        with np.errstate(over="ignore"):
+            logs = (a - 1) * (self.values - epsilon + np.log1p(-1 / a)) - np.log(a)
         # exp() multiplies the absolute rounding error of its argument
         slack = 1e-12 * (1 + abs(float(np.min(logs))))
         converted = math.exp(min(0.0, float(np.min(logs)) + slack))

@@ -24,16 +24,16 @@ ACCOUNTANTS: Mapping[str, Callable[[str], Accountant]] = {
 def accountant(name: str, relation: str = ADD_REMOVE) -> Accountant:
     """Return the accountant called `name`, for neighbours as in `relations.RELATIONS`.
 
-    "pld": within 0.1 % of the truth as a rule, milliseconds; "prv": within 0.01 in epsilon, seconds, the numbers
-    of Opacus; "rdp": 5 to 20 % above the truth, fit for adaptively chosen parameters; "zcdp": one number for Gaussians on full
-    batches or whole epochs, blind to sampling.
+    "pld", the default everywhere: within 0.1 % of the truth as a rule, milliseconds, both directions; "prv": within 0.01
+    in epsilon or as "pld", the numbers of Opacus; "rdp": 5 to 20 % above the truth, fit for adaptively chosen parameters;
+    "zcdp": one number for Gaussians on full batches or whole epochs, blind to sampling.
 
     Raises:
         ValueError: no accountant has this name. "gdp" in particular: its central limit is no bound.
     """
     if name not in ACCOUNTANTS:
         raise ValueError(
-            f"accountant must be one of {sorted(ACCOUNTANTS)}; got {name!r}; choose 'prv' if unsure"
+            f"accountant must be one of {sorted(ACCOUNTANTS)}; got {name!r}; choose 'pld' if unsure"
         )
     check_relation(relation)
     return FeedbackPricing(ACCOUNTANTS[name](relation))

@@ -40,6 +40,7 @@ with it the rate, so that no public n describes both datasets.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from scipy.special import betainc
@@ -75,6 +76,9 @@ Pair = Gaussian | PoissonSampled | Step | NonPrivate
 """What is left to compose: under add-or-remove-one, or a `Step` of another kind."""
 
 Pairs = tuple[tuple[Pair, int], ...]
+
+
+_LEAST_NOISE, _MOST_NOISE, _LEAST_RATE = 1e-150, 1e100, 1e-100
 
 
 class Priced(NamedTuple):
@@ -129,9 +133,28 @@ def priced(event: Event, relation: str) -> Priced:
     slip = 0.0
     for leaf, count in leaves(event):
         pair, lost = _PRICES[type(leaf)](leaf, relation)
-        counts[pair] += count
+        counts[_in_range(pair)] += count
         slip += count * lost * (1 + 1e-12)
     return Priced(merged(counts), min(1.0, slip))
+
+
+def extreme(pair: object) -> bool:
+    """Tell a mechanism beyond what is computed: noise beyond 1e100, or below 1e-150, or a rate below 1e-100."""
+    noise = getattr(getattr(pair, "event", pair), "noise_multiplier", 1.0)
+    return not (_LEAST_NOISE <= noise <= _MOST_NOISE and getattr(pair, "sampling_rate", 1.0) >= _LEAST_RATE)
+
+
+def _in_range(pair: Pair) -> Pair:
+    """Replace an extreme pair by one that leaks more, with numbers whose squares are numbers."""
+    if not extreme(pair):
+        return pair
+    step = as_step(pair)
+    if step.noise_multiplier < _LEAST_NOISE:
+        return NonPrivate()
+    noise, rate = min(step.noise_multiplier, _MOST_NOISE), max(step.sampling_rate, _LEAST_RATE)
+    if isinstance(pair, Step):
+        return replace(pair, noise_multiplier=noise, sampling_rate=rate)
+    return Gaussian(noise) if isinstance(pair, Gaussian) else PoissonSampled(rate, Gaussian(noise))
 
 
 def as_step(pair: Pair) -> Step:

@@ -18,7 +18,7 @@ from accountants import (
     Repeated,
     UnpricedEvent,
 )
-from tests.accountants.reference import COSTLY, DIGITS, ROWS
+from tests.accountants.reference import DIGITS, ROWS
 
 # One test function serves several classes, hence the suppressed health check; nothing is stored, nothing shrunk.
 QUICK = settings(
@@ -48,8 +48,6 @@ class AccountantConformance:
 
     @pytest.mark.parametrize("number", range(1, 21))
     def test_never_below_the_truth(self, number):
-        if number in COSTLY and self.rule.name == "prv":
-            pytest.skip("in the slow test")
         row = ROWS[number - 1]
         assert self.price(row.event, row.delta) >= row.tight * (1 - DIGITS)
 

@@ -26,9 +26,10 @@ def _one_direction(steps, upper, delta, error, removed):
     spread = math.sqrt(side.outlook.steps * math.log(1 / beta) / 2)
     mesh = float(np.float32(error * upper / spread))
     _, order = side.outlook.at_delta(delta)
-    used, tail = side.tail(mesh, 0.6 * order, 0.0, delta)
-    if used != mesh:
+    found = side.tail(mesh, mesh, 0.6 * order, 0.0, delta)
+    if found is None:
         return 0.0
+    tail = found[1]
     moved = mesh * spread + side.outlook.steps * mesh * mesh / 8
     masses = np.maximum(tail.masses - 2 * tail.noise, 0.0) * (1 - 1e-9)
     # what came in from the left of the window, what lies below its lowest grid point, what moved far

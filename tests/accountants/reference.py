@@ -54,6 +54,3 @@ ROWS = (
 
 DIGITS = 5e-6
 """Relative: half a unit of the last digit printed above, at worst."""
-
-COSTLY = {7, 13, 14, 17, 18}
-"""Rows whose Fourier grid has millions of cells (1 to 6 s)."""
