@@ -57,6 +57,7 @@ class Attached:
         max_grad_norm: float | Sequence[float],
         loss_reduction: str,
         clipped_at: Callable[[float], Estimator] | None,
+        ended: Callable[[Attached], None],
     ) -> None:
         self.training = training
         self.optimizer = optimizer
@@ -64,6 +65,7 @@ class Attached:
         self._given = max_grad_norm
         self.loss_reduction = loss_reduction
         self._clipped_at = clipped_at
+        self._ended = ended
         self._skips: deque[bool] = deque()
         self._step_hook: StepHook | None = None
         self._told: dict[str, object] = {}
@@ -93,6 +95,7 @@ class Attached:
         if _ATTACHED.get(id(self.optimizer)) is self:
             del _ATTACHED[id(self.optimizer)]
         self.training.__exit__(None, None, None)
+        self._ended(self)
 
     def remove_hooks(self) -> None:
         """End the run, under Opacus' other name for it."""

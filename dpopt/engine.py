@@ -455,9 +455,8 @@ class PrivacyEngine:
 
     def detach(self) -> None:
         """End every run: remove the hooks and close the ledger. Models and optimizers are ordinary again."""
-        for run in self._runs:
+        for run in tuple(self._runs):
             run.cleanup()
-        self._runs.clear()
         self._ledger.close()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrivacyEngine:
@@ -519,7 +518,7 @@ class PrivacyEngine:
         plain = isinstance(training.estimator, Plain)
         run = Attached(
             training, optimizer, max_grad_norm=request.max_grad_norm, loss_reduction=request.loss_reduction,
-            clipped_at=request.clipped_at() if plain else None,
+            clipped_at=request.clipped_at() if plain else None, ended=self._ended,
         )  # fmt: skip
         self._runs.append(run)
         run.hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
@@ -547,7 +546,12 @@ class PrivacyEngine:
             shared = any(id(parameter) in mine for parameter in run.training.model.parameters())
             if shared or run.optimizer is optimizer:
                 run.cleanup()
-                self._runs.remove(run)
+
+    def _ended(self, run: Attached) -> None:
+        if run in self._runs:
+            self._runs.remove(run)
+        if not self._runs:
+            self._ledger.close()
 
     def _run_of(self, optimizer: Optimizer) -> Attached:
         return next(run for run in self._runs if run.optimizer is optimizer)

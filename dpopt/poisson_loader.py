@@ -112,7 +112,7 @@ class DPDataLoader(DataLoader[Any]):
             batch_sampler=UniformWithReplacementSampler(
                 num_samples=num_records, sample_rate=sample_rate, generator=generator
             ),
-            collate_fn=CollateWithEmpty(collate_fn or torch.utils.data.default_collate, dataset),
+            collate_fn=_EmptyToo(collate_fn or torch.utils.data.default_collate, dataset),
             num_workers=num_workers,
             pin_memory=pin_memory,
             timeout=timeout,
@@ -150,6 +150,23 @@ class DPDataLoader(DataLoader[Any]):
             prefetch_factor=data_loader.prefetch_factor,
             persistent_workers=data_loader.persistent_workers,
         )
+
+
+class _EmptyToo:
+    """A collate function that also knows the empty batch: the structure of a full one, with 0 rows."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Dataset[Any]) -> None:
+        self.collate = collate
+        self.dataset = dataset
+
+    def __call__(self, examples: list[Any]) -> Any:
+        if examples:
+            return self.collate(examples)
+        return pytree.tree_map(_no_rows, self.collate([self.dataset[0]]))
+
+
+def _no_rows(value: object) -> object:
+    return value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
 
 
 def check_records(loader: DataLoader[Any]) -> None:

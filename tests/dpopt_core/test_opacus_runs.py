@@ -260,6 +260,9 @@ def test_without_a_wrapper_a_handle_comes_back_that_ends_the_run():
     F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
     optimizer.step()  # an ordinary step of an ordinary optimizer
     assert engine.training.ledger.num_charges == 2
+    # The last run of an engine gives the ledger back.
+    other = PrivacyEngine(accountant="rdp", ledger=engine.training.ledger_path)
+    familiar(model, examples(16), engine=other, noise=1.0)
 
 
 def test_weights_of_a_model_that_opacus_had_wrapped_are_taken():
