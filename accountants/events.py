@@ -230,6 +230,8 @@ class Composed:
     def __post_init__(self) -> None:
         ok = isinstance(self.events, tuple)
         require(ok, "events", "a tuple of events", self.events, "pass tuple(events)")
+        ok = self.relation is None or isinstance(self.relation, str)
+        require(ok, "relation", "the name of a relation or None", self.relation, "leave it out")
         for i, event in enumerate(self.events):
             require(is_event(event), f"events[{i}]", "an event", event, "wrap it in NonPrivate() if unknown")
 

@@ -285,6 +285,8 @@ def choose_order(
         ValueError: no order can afford anything at this budget.
     """
     epsilon, delta = check_budget(epsilon, delta)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a part in (0, 1]; got {keep!r}; leave it out")
     limits, cost = renyi_limits(ORDERS, epsilon, delta), renyi_divergences(planned, relation)
     if not (limits > 0).any():
         raise ValueError(

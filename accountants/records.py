@@ -262,7 +262,7 @@ def check_header(header: Record, unit: str, relation: str, where: str) -> None:
         if got != expected:
             raise ValueError(
                 f"{name} of {where} must be {expected!r} to be continued; got {got!r}; use another ledger file, or "
-                "continue this one as what it is"
+                f"continue this one with {name}={got!r}"
             )
 
 

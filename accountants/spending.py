@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from accountants.events import Composed, Event, Repeated, shown
-from accountants.filter_rule import BudgetExhausted, Rule
+from accountants.filter_rule import Array, BudgetExhausted, Rule
 
 MANY = 10**9
 """What counts as no end of charges."""
@@ -19,11 +19,12 @@ class Spending:
     It takes no lock: whoever owns it holds one from `require_room` to `add`.
     """
 
-    __slots__ = ("_counts", "_rule", "_totals")
+    __slots__ = ("_counts", "_priced", "_rule", "_totals")
 
     def __init__(self, rule: Rule | None = None) -> None:
         self._counts: Counter[Event] = Counter()
         self._rule: Rule | None = None
+        self._priced: tuple[Event, Array] | None = None
         self.govern(rule)
 
     @property
@@ -44,14 +45,14 @@ class Spending:
     def govern(self, rule: Rule | None) -> None:
         """Let `rule` decide from now on, about what was charged before as well."""
         self._totals = np.zeros(1) if rule is None else rule.cost(self.events())
-        self._rule = rule
+        self._rule, self._priced = rule, None
 
     def add(self, event: Event, count: int = 1) -> None:
         """Count `count` charges of `event`, whether there is room or not."""
         self._counts[event] += count
         if self._rule is not None:
             # Rounded up, so that charges far smaller than the total count as well.
-            self._totals = np.nextafter(self._totals + count * self._rule.cost(event), math.inf)
+            self._totals = np.nextafter(self._totals + count * self._cost(self._rule, event), math.inf)
 
     def events(self, relation: str | None = None) -> Composed:
         """Return everything charged as one event, equal charges merged, marked with `relation`."""
@@ -60,7 +61,7 @@ class Spending:
 
     def has_room(self, event: Event) -> bool:
         """Tell whether `event` fits; always, where nothing governs."""
-        return self._rule is None or self._rule.holds(self._totals + self._rule.cost(event))
+        return self._rule is None or self._rule.holds(self._totals + self._cost(self._rule, event))
 
     def require_room(self, event: Event) -> None:
         """Refuse an event that does not fit.
@@ -80,13 +81,20 @@ class Spending:
         """Count how many charges of `event` fit one after the other, at most `MANY`."""
         if self._rule is None:
             return MANY
-        cost, low, high = self._rule.cost(event), 0, MANY
+        cost, low, high = self._cost(self._rule, event), 0, MANY
         while low < high:
             middle = (low + high + 1) // 2
             # Each charge is rounded up by itself.
             within = self._rule.holds(self._totals + middle * cost * (1 + 1e-9))
             low, high = (middle, high) if within else (low, middle - 1)
         return low
+
+    def _cost(self, rule: Rule, event: Event) -> Array:
+        # What is asked about is charged next. One assignment: threads may ask at the same time.
+        priced = self._priced
+        if priced is None or priced[0] is not event:
+            self._priced = priced = (event, rule.cost(event))
+        return priced[1]
 
     def left(self) -> float:
         """Return the part of the budget that is left, in [0, 1]; 1 where nothing governs."""

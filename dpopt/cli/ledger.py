@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from accountants import History, LedgerCorrupt, ledger_bound
 from accountants.exchange import dp_accounting_data
 from accountants.filter_rule import Rule
+from accountants.records import configurations
 from accountants.summary import Attempt, Summary, place_of, summary
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import ledger_at, patience
@@ -102,8 +103,9 @@ def export(
         history = ledger_at(file, errors)
         seen = summary(history)
         data: dict[str, object] = {"unit": seen.unit, "relation": seen.relation, "head": seen.head}
-        if history.rule is not None:
-            data["filter"] = dict(history.rule.config)
+        declared = [config["filter"] for config in configurations(history.records) if "filter" in config]
+        if declared:
+            data["filter"] = declared[0]
         if format is Format.JSON:
             data |= {"id": seen.id, "torn_bytes": seen.torn, "num_charges": seen.num_charges}
         with patience(errors, f"writing {seen.num_records} records"):

@@ -51,6 +51,7 @@ def ledger_at(path: Path, errors: Console) -> History:
         LedgerCorrupt: it does not verify, or is no file.
         OSError: it cannot be read; the message says what was expected.
     """
+    collecting = gc.isenabled()
     gc.disable()  # every record stays, so that looking for garbage among them would take a third of the time
     try:
         with patience(errors, f"verifying {path}"):
@@ -61,7 +62,8 @@ def ledger_at(path: Path, errors: Console) -> History:
             f"expected a ledger that can be read; got {path}: {got}; name the file that the run printed"
         ) from error
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 def runs(history: History) -> tuple[tuple[Event, int], ...]:
