@@ -28,18 +28,17 @@ from dpopt.arguments import (
     check_reduction,
     check_switches,
     estimator_of,
-    refuse_scaler,
     refusing_token_labels,
 )
 from dpopt.budget import Budget
-from dpopt.closures import StepArguments, answered, check_steps
+from dpopt.closures import check_steps
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.named import Run
 from dpopt.estimators.prices import priced
-from dpopt.gradients import clear_gradients
 from dpopt.loader import check_loader, private_loader
 from dpopt.mechanisms import GaussianMechanism
 from dpopt.open_runs import OpenRun, refuse_open
+from dpopt.optimizer_steps import OptimizerStep
 from dpopt.samplers import noise_within, require_sized, sized
 from dpopt.sampling import PoissonSampling, Sampling
 from dpopt.training import PrivateTraining
@@ -95,7 +94,6 @@ class PrivacyEngine:
         self._insecure_seed = insecure_seed
         self._training: PrivateTraining | None = None
         self._hooks: list[Any] = []
-        self._depth = 0
 
     def make_private(
         self,
@@ -286,8 +284,7 @@ class PrivacyEngine:
         )
         self._training = training.__enter__()
         print(f"dpopt: {estimator.guarantee}", file=sys.stderr)
-        self._hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._hooks += [*OptimizerStep(training).attach(optimizer), ScalerMark.on(optimizer)]
         refusing = refusing_token_labels(module, training.sum.tape)
         self._hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
@@ -327,46 +324,3 @@ class PrivacyEngine:
         rounds = epochs if sampling.steps_per_charge > 1 else epochs * len(loader)
         rule = find_accountant(self._accountant, self._relation)
         return noise_within(budget, rule, priced(estimator, sampling, rounds))
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepArguments | None:
-        refuse_scaler(optimizer)
-        if self.training.sum.tape.is_aside:  # a step on public examples
-            return None
-        # A subclass's step may call that of its class, whose hooks run again; the gradient is in place by then.
-        if self._depth and self.training.sum.num_drawn is None:
-            self._depth += 1
-            return None
-        self._depth = 0
-        given = self._step(optimizer, args, kwargs)
-        self._depth = 1
-        return given
-
-    def _step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepArguments | None:
-        step = self.training.sum
-        check_optimizer(self.training.model, optimizer)
-        answer = answered(args, kwargs, list(step.parameters.values()))
-        if step.hold:
-            clear_gradients(step.parameters.values())
-        else:
-            self._require_backward()
-            self.training.release()
-        if answer is None:
-            return None
-        answer[1].seal()
-        return answer[0]
-
-    def _after_step(self, *_: object) -> None:
-        self._depth = max(0, self._depth - 1)
-
-    def _require_backward(self) -> None:
-        step = self.training.sum
-        if step.num_drawn is not None and step.num_added < step.num_drawn:
-            raise RuntimeError(
-                "expected backward() through the private model for every drawn example before optimizer.step(); got "
-                "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
-                "one forward, or one backward for each part, or use BatchMemoryManager"
-            )
