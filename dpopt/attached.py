@@ -131,8 +131,12 @@ class Attached:
         skip = self._skips.popleft() if self._skips else False
         return skip or self.training.sum.hold
 
-    def released(self) -> None:
-        """A release was written: renew the numbers, and call the user's hook."""
+    def release(self) -> None:
+        """Release the drawn batch, renew the numbers, and call the user's hook."""
+        checks = self.training.sum.checks
+        if checks is not None:
+            checks.settle()
+        self.training.release()
         self._renew()
         if self._step_hook is not None:
             self._step_hook(self.optimizer)

@@ -32,21 +32,20 @@ from dpopt.arguments import (
     check_optimizer,
     check_switches,
     criterion_of,
-    refuse_scaler,
     refusing_token_labels,
 )
 from dpopt.attached import Attached
 from dpopt.budget import Budget
 from dpopt.calibrated import Standing
-from dpopt.closures import StepArguments, answered, check_steps
+from dpopt.closures import check_steps
 from dpopt.estimators.estimator import Plain
-from dpopt.gradients import clear_gradients
 from dpopt.ledgers import SharedLedger
 from dpopt.loader import private_loader
 from dpopt.mechanisms import GaussianMechanism
 from dpopt.opacus_accountants import LedgerAccountant, check_orders, refuse_gdp
 from dpopt.opacus_weights import accept_prefix
 from dpopt.open_runs import OpenRun, refuse_open
+from dpopt.optimizer_steps import OptimizerStep
 from dpopt.poisson_loader import check_records
 from dpopt.request import Request
 from dpopt.samplers import population, require_sized
@@ -106,7 +105,6 @@ class PrivacyEngine:
         self._insecure_seed = insecure_seed
         self._training: PrivateTraining | None = None
         self._runs: list[Attached] = []
-        self._depth = 0
         weakref.finalize(self, self._ledger.close)
 
     def make_private(
@@ -521,8 +519,8 @@ class PrivacyEngine:
             clipped_at=request.clipped_at() if plain else None, ended=self._ended,
         )  # fmt: skip
         self._runs.append(run)
-        run.hooks += [optimizer.register_step_pre_hook(self._before_step), ScalerMark.on(optimizer)]
-        run.hooks.append(optimizer.register_step_post_hook(self._after_step))
+        step = OptimizerStep(training, holds=run.holds, release=run.release)
+        run.hooks += [*step.attach(optimizer), ScalerMark.on(optimizer)]
         refusing = refusing_token_labels(module, training.sum.tape)
         run.hooks.append(module.register_forward_pre_hook(refusing, with_kwargs=True))
         run.hooks.append(module.register_forward_hook(training.sum.probing.probe_outputs))
@@ -555,50 +553,3 @@ class PrivacyEngine:
 
     def _run_of(self, optimizer: Optimizer) -> Attached:
         return next(run for run in self._runs if run.optimizer is optimizer)
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepArguments | None:
-        run = self._run_of(optimizer)
-        step = run.training.sum
-        refuse_scaler(optimizer)
-        if step.tape.is_aside:  # a step on public examples
-            return None
-        # A subclass's step may call that of its class, whose hooks run again; the gradient is in place by then.
-        if self._depth and step.num_drawn is None:
-            self._depth += 1
-            return None
-        self._depth = 0
-        given = self._step(run, args, kwargs)
-        self._depth = 1
-        return given
-
-    def _step(self, run: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments | None:
-        step = run.training.sum
-        check_optimizer(run.training.model, run.optimizer)
-        answer = answered(args, kwargs, list(step.parameters.values()))
-        if run.holds():
-            clear_gradients(step.parameters.values())
-        else:
-            _require_backward(run)
-            if step.checks is not None:
-                step.checks.settle()
-            run.training.release()
-            run.released()
-        if answer is None:
-            return None
-        answer[1].seal()
-        return answer[0]
-
-    def _after_step(self, *_: object) -> None:
-        self._depth = max(0, self._depth - 1)
-
-
-def _require_backward(run: Attached) -> None:
-    step = run.training.sum
-    if step.num_drawn is not None and step.num_added < step.num_drawn:
-        raise RuntimeError(
-            "expected backward() through the private model for every drawn example before optimizer.step(); got "
-            "fewer examples (or several passes whose rows were taken for the same examples); run the batch in "
-            "one forward, or one backward for each part, or use BatchMemoryManager"
-        )
