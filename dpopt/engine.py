@@ -551,5 +551,3 @@ class PrivacyEngine:
         if not self._runs:
             self._ledger.close()
 
-    def _run_of(self, optimizer: Optimizer) -> Attached:
-        return next(run for run in self._runs if run.optimizer is optimizer)
