@@ -7,7 +7,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
@@ -64,10 +64,6 @@ class Manner:
         below = [self.children[call.kind] for call in calls]
         inputs = (*self.dims.inputs, *(d for x in below for d in x.inputs))
         return BatchDims(inputs, (*self.dims.outputs, *(d for x in below for d in x.outputs)))
-
-    def joined(self, other: Manner) -> Manner:
-        """This manner, which knows the calls of another trial too."""
-        return replace(self, children={**other.children, **self.children})
 
 
 def children_dims(dims: BatchDims, calls: Sequence[ChildCall]) -> tuple[BatchDims, dict[Any, BatchDims]]:

@@ -22,7 +22,8 @@ from clipping.manners import Manner, candidates, children_dims, ratios
 from clipping.observed import NotApart, Observed, Subject, observe
 from clipping.random_state import Sources
 from clipping.rules.draws import Draw, Unreplayable
-from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, unpacked
+from clipping.rules.checkpoints import unpacked
+from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine
 from clipping.rules.generic import agree, taken_down
 from clipping.rules.reruns import Rerun, Strayed
 
@@ -205,7 +206,7 @@ def settle(
 ) -> Manner:
     """The manner of calls like this one; raises `MixesExamples` or TypeError where there is none."""
     failures: list[Failure] = []
-    with unpacked(), torch.enable_grad():
+    with unpacked(), torch.enable_grad(), sources.preserved():
         for whole in (False, True):
             if not (whole or len(subject.layer.members) > 1):
                 continue
@@ -244,21 +245,34 @@ def _proven(
             failures.append(Failure(False, str(error)))
             return None
     for engine in (VMAP, LOOP):
-        for dims in candidates(leaves, len(seen.leaves), num_examples, batch_dim):
-            if all(dim is None for dim in dims):
-                continue
-            batch = Batch(leaves, BatchDims(dims, ()), num_examples, draws)
-            try:
-                proof = prove(subject, seen, rerun, engine, batch)
-            except Differs as error:
-                failures.append(Failure(True, str(error)))
-            except NotApart:
-                raise
-            except Exception as error:  # whatever the module or vmap raise for one example
-                failures.append(Failure(False, f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"))
-            else:
-                return _manner(subject, seen, engine, proof, num_examples, failures)
+        proof = _first_proof(subject, seen, rerun, engine, Batch(leaves, BatchDims((), ()), num_examples, draws), batch_dim, failures)
+        if proof is not None:
+            return _manner(subject, seen, engine, proof, num_examples, failures)
     return None
+
+
+def _first_proof(
+    subject: Subject, seen: Observed, rerun: Rerun, engine: Engine, batch: Batch, batch_dim: int, failures: list[Failure]
+) -> Proof | None:
+    """The first that finds the batch in every output, else the first that finds it in some."""
+    partial: Proof | None = None
+    for dims in candidates(batch.leaves, len(seen.leaves), batch.num_examples, batch_dim):
+        if all(dim is None for dim in dims):
+            continue
+        try:
+            proof = prove(subject, seen, rerun, engine, batch._replace(dims=BatchDims(dims, ())))
+        except Differs as error:
+            failures.append(Failure(True, str(error)))
+        except NotApart:
+            raise
+        except Exception as error:  # whatever the module or vmap raise for one example
+            first = (str(error).splitlines() or [""])[0]
+            failures.append(Failure(False, f"{type(error).__name__}: {first[:160]}"))
+        else:
+            if None not in proof.dims.outputs:
+                return proof
+            partial = partial or proof
+    return partial
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -269,7 +283,9 @@ def _manner(
     subject: Subject, seen: Observed, engine: Engine, proof: Proof, num_examples: int, failures: list[Failure]
 ) -> Manner:
     opened = {id(x) for x in (subject.layer.module, *subject.opened)}
-    own = not subject.whole
+    own = not subject.whole or seen.checkpointed  # which runs again in the backward, on the parameters themselves
+    if subject.whole:
+        subject = subject._replace(opened=subject.layer.members)
     places = tuple(
         place for place in subject.places if not own or place.name in proof.used or id(place.module) in opened
     )
@@ -278,10 +294,24 @@ def _manner(
         why += f" ({failures[-1].why})"
     dims, children = children_dims(proof.dims, seen.run.calls)
     return Manner(
-        own, engine, dims, children, tuple({id(x.module): x.module for x in seen.run.calls}.values()), places,
+        own, engine, dims, children, _callable(subject, seen) if own else (), places,
         subject.opened, seen.sources, ratios(dims.inputs, seen.leaves, num_examples), seen.mutated, seen.changed, seen.moment.state is not None, proof.complete,
-        why + (", children by their own rules" if own else ""),
+        why + (", children by their own rules" if seen.run.calls else ""),
     )  # fmt: skip
+
+
+def _callable(subject: Subject, seen: Observed) -> tuple[nn.Module, ...]:
+    """The children that the own code called, and those that it may call: its own, and those in its lists of modules."""
+    found = {id(call.module): call.module for call in seen.run.calls}
+    opened = {id(subject.layer.module): subject.layer.module, **{id(x): x for x in subject.opened}}
+    lists = [x for module in opened.values() for x in module.children()]
+    while lists:
+        child = lists.pop()
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            lists += child.children()
+        elif id(child) not in opened and not getattr(child, "inplace", False):
+            found.setdefault(id(child), child)
+    return tuple(found.values())
 
 
 def _refusal(subject: Subject, failures: list[Failure]) -> Exception:

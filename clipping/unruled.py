@@ -7,7 +7,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from clipping.random_state import RandomState, Sources
 from clipping.rules.draws import Unreplayable
 from clipping.rules.examples import LOOP, Batch, BatchDims
 from clipping.rules.generic import generic
-from clipping.rules.reruns import Moment, Place, Rerun, Strayed, floating_leaves
+from clipping.rules.reruns import ChildCall, Moment, Place, Rerun, Strayed, floating_leaves
 from clipping.structures import Structure, flatten, unflatten
 from clipping.trials import settle
 
@@ -176,28 +176,40 @@ class Unruled:
             moved, calls = run.moved, tuple(run.calls)
             leaves += run.leaves
             if not manner.knows(calls):
-                manner = manner.joined(self._seen_again(layer, begun, leaves[:num_inputs], structure, num_examples))
+                manner = self._widened(layer, begun, calls, leaves, structure, num_examples)
         moment = Moment(begun.before, after, moved, begun.state, begun.tensors)
-        rerun = Rerun(layer.module, layer.members, manner.places, structure, num_inputs, calls, sources, moment)
+        rerun = Rerun(layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment)
         checked = moved or manner.engine is LOOP
         leaves += floating_leaves(outputs) if checked else []
         return Kept(manner, rerun, num_examples, tuple(leaves), begun.arrivals if manner.own else None)
 
-    def _seen_again(
-        self, layer: Layer, begun: Begun, leaves: Sequence[object], structure: Structure, num_examples: int
+    def _widened(
+        self,
+        layer: Layer,
+        begun: Begun,
+        calls: Sequence[ChildCall],
+        leaves: Sequence[object],
+        structure: Structure,
+        num_examples: int,
     ) -> Manner:
-        """A trial of a forward that called other children than the first, with the numbers that it drew."""
-        sources = begun.manner.sources
+        """The manner of a forward that called children as no trial has seen, by a trial with the numbers that it drew."""
+        manner, sources = begun.manner, begun.manner.sources
+        if num_examples == 1:  # all rows are the example's
+            return replace(manner, children={**_of_one(calls, leaves), **manner.children})
         with sources.preserved():
             sources.write(begun.before)
-            args, kwargs = unflatten(leaves, structure)  # pyright: ignore[reportGeneralTypeIssues]
+            args, kwargs = unflatten(leaves[: len(manner.dims.inputs)], structure)  # pyright: ignore
             found = self._settle(layer, args, kwargs, num_examples)
-        if not found.own:
+        if not found.own or not found.knows(calls):
             raise RuntimeError(
-                f"expected module {layer.name or 'model'!r} to call its children as on the first batch; got others, whose "
-                "calls it cannot be told apart from; call the same children in every forward"
+                f"expected module {layer.name or 'model'!r} to call its children as on the first batch; got others, which "
+                "cannot be told apart from it; call the same children in every forward"
             )
-        return found
+        key = next((key for key, known in self._manners.items() if known is manner), None)
+        manner = replace(manner, children={**found.children, **manner.children})
+        if key is not None:
+            self._manners[key] = manner
+        return manner
 
     # -- gradients --------------------------------------------------------------------------------------------
 
@@ -226,6 +238,17 @@ def places_of(layer: Layer) -> tuple[Place, ...]:
         path, _, key = local.rpartition(".")
         found.append(Place(layer.module.get_submodule(path), key, name))
     return tuple(found)
+
+
+def _of_one(calls: Sequence[ChildCall], leaves: Sequence[object]) -> dict[Any, BatchDims]:
+    """Where the batch of one example is in what children return and take: anywhere."""
+    found, start = {}, len(leaves) - sum(call.num_leaves for call in calls)
+    for call in calls:
+        returned = leaves[start : start + call.num_leaves]
+        start += call.num_leaves
+        dims = tuple(0 if isinstance(x, Tensor) and x.dim() > 0 else None for x in returned)
+        found[call.kind] = BatchDims(dims, (0,) * call.num_inputs)
+    return found
 
 
 def _kind(value: object) -> object:

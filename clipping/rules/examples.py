@@ -70,19 +70,9 @@ def _finished(handing: Handing) -> Iterator[None]:
     handing.finish()
 
 
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Save tensors for a backward as they are: hooks (of a checkpoint around) are for the forward of the user."""
-    found = []
-    autograd = torch._C._autograd
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:  # pyright: ignore
-        found.append(top)
-        autograd._pop_saved_tensors_default_hooks()  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(found):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)  # pyright: ignore[reportAttributeAccessIssue]
+def _math() -> AbstractContextManager[None]:
+    """The fused kernels of attention know no vmap, and fall back to a loop."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _constant(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,7 +84,7 @@ def _constant(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def outputs_by_vmap(rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """What each example gives alone, (B, ...) each."""
-    with rerun.prepared() as run, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
+    with rerun.sources.preserved(), rerun.prepared() as run, torch.no_grad(), _math(), batch.handing(None):
         fixed = _constant(parameters)
         each = vmap(
             lambda parts: run(batch.leaves_of(parts), fixed), in_dims=(batch.part_dims,), randomness="different"
@@ -129,7 +119,7 @@ def gradients_by_vmap(
     """(B, *shape) for each parameter."""
     pairs = enumerate(zip(cotangents, batch.dims.outputs, strict=True))
     present = [(i, batch.rows(c, d), d) for i, (c, d) in pairs if c is not None and d is not None]
-    with rerun.prepared() as run:
+    with rerun.sources.preserved(), rerun.prepared() as run:
 
         def paired(values: dict[str, Tensor], parts: tuple[Tensor, ...], sent: tuple[Tensor, ...]) -> Tensor:
             outputs = run(batch.leaves_of(parts), values)
@@ -138,7 +128,7 @@ def gradients_by_vmap(
 
         in_dims = (None, batch.part_dims, tuple(d for _, _, d in present))
         sent = tuple(c for _, c, _ in present)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
+        with torch.enable_grad(), _math(), batch.handing(None):
             each = vmap(grad(paired), in_dims=in_dims, randomness="different")
             return each(_constant(parameters), batch.parts, sent)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipping.errors import MixesExamples
 from clipping.grads import Dense, SampleGrads
+from clipping.rules.checkpoints import unpacked
 from clipping.rules.draws import Draw, TakingDown, Unreplayable
 from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, backward
 from clipping.rules.reruns import Rerun, Strayed, is_floating
@@ -55,7 +56,6 @@ def taken_down(
 ) -> tuple[list[Draw], list[Tensor]]:
     """What the batch drew, by running it again from its first random state; and its outputs."""
     with rerun.sources.preserved(), rerun.prepared() as run, torch.no_grad():
-        rerun.sources.write(rerun.moment.before)
         with TakingDown(rerun.sources) as taking:
             outputs = run(_copies(leaves), {name: p.detach() for name, p in parameters.items()})
         if not rerun.sources.read().same(rerun.moment.after):
@@ -91,10 +91,7 @@ def generic(
         batch = batch._replace(draws=draws)
     if outputs and engine is LOOP:
         _compare(rerun, engine, batch, parameters, outputs)
-    with rerun.sources.preserved():
-        if rerun.moment.moved:
-            rerun.sources.write(rerun.moment.before)
-        found, engine = _differentiated(rerun, engine, batch, parameters, cotangents)
+    found = _differentiated(rerun, engine, batch, parameters, cotangents)
     return {name: Dense(value, why) for name, value in found.items()}
 
 
@@ -103,8 +100,6 @@ def _alone(
 ) -> dict[str, Tensor]:
     variables = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with rerun.sources.preserved(), rerun.prepared() as run, torch.enable_grad():
-        if rerun.moment.moved:
-            rerun.sources.write(rerun.moment.before)
         outputs = run(_copies(batch.leaves), variables)
         if rerun.moment.moved and not rerun.sources.read().same(rerun.moment.after):
             raise Unreplayable("run again from the same random state, it draws another number of times")
@@ -128,12 +123,13 @@ def _compare(
 
 def _differentiated(
     rerun: Rerun, engine: Engine, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Sequence[Tensor | None]
-) -> tuple[dict[str, Tensor], Engine]:
-    try:
-        return engine.gradients(rerun, batch, parameters, cotangents), engine
-    except (Unreplayable, Strayed):
-        raise
-    except (RuntimeError, TypeError, ValueError):
-        if engine is not VMAP:
+) -> dict[str, Tensor]:
+    with unpacked():
+        try:
+            return engine.gradients(rerun, batch, parameters, cotangents)
+        except (Unreplayable, Strayed):
             raise
-        return LOOP.gradients(rerun, batch, parameters, cotangents), LOOP  # a branch that vmap cannot take
+        except (RuntimeError, TypeError, ValueError):
+            if engine is not VMAP:
+                raise
+            return LOOP.gradients(rerun, batch, parameters, cotangents)  # a branch that vmap cannot take
