@@ -34,7 +34,9 @@ def _same(first: Any, second: Any) -> bool:
     pairs = zip(first, second, strict=True)
     if not all(a is b or (isinstance(a, str) and a == b) for a, b in pairs):
         return False
-    return not isinstance(first, dict) or all(a is b for a, b in zip(first.values(), second.values(), strict=True))
+    return not isinstance(first, dict) or all(
+        a is b for a, b in zip(first.values(), second.values(), strict=True)
+    )
 
 
 class _Member(NamedTuple):

@@ -25,7 +25,9 @@ Serves = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], object], bool]
 """(recorded layer, arguments, outputs): whether it sees the batch, one row for each example."""
 
 
-Expanded = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+Expanded = Callable[
+    [nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None
+]
 """(recorded layer, arguments): the arguments with which it runs, None where they are those."""
 
 
@@ -90,7 +92,14 @@ class Observed:
         """The forward, as it can be run again."""
         layer, calls = subject.layer, tuple(self.run.calls)
         return Rerun(
-            layer.module, layer.members, subject.places, self.structure, len(self.leaves), calls, self.sources, self.moment
+            layer.module,
+            layer.members,
+            subject.places,
+            self.structure,
+            len(self.leaves),
+            calls,
+            self.sources,
+            self.moment,
         )
 
     @property
@@ -114,7 +123,9 @@ def observe(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], sou
         try:
             for place, tensor in copied(places):
                 place.put(tensor)
-            working = [(place, tensor, tensor._version) for place in places if (tensor := place.tensor) is not None]
+            working = [
+                (place, tensor, tensor._version) for place in places if (tensor := place.tensor) is not None
+            ]
             place_parameters(subject.places, variables)
             clean = ModuleState.of(members)
             with _Watching(subject, run, variables).hooked() as inputs, without_checkpoints() as met:
@@ -128,7 +139,9 @@ def observe(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], sou
         kept = tuple((place, tensor) for place, tensor in tensors if place in changed)
         after = sources.read()
         foreign = not after.same_foreign(before)
-        moment = Moment(before, after, run.moved, state if state_changed else None, kept).without_foreign(not foreign)
+        moment = Moment(before, after, run.moved, state if state_changed else None, kept).without_foreign(
+            not foreign
+        )
     outputs = tuple(floating_leaves(passed.outputs))
     return Observed(
         passed.leaves, passed.structure, variables, watched, passed.outputs, outputs, tuple(inputs),

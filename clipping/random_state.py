@@ -80,7 +80,9 @@ class Sources(NamedTuple):
         if not self.foreign:
             return RandomState(states, ())
         numpy = _numpy()
-        return RandomState(states, (random.getstate(), *([] if numpy is None else [numpy.random.get_state()])))
+        return RandomState(
+            states, (random.getstate(), *([] if numpy is None else [numpy.random.get_state()]))
+        )
 
     def write(self, state: RandomState) -> None:
         """Put every generator into `state`."""

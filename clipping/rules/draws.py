@@ -117,7 +117,11 @@ class Handing(TorchDispatchMode):
         if known.shape == shape:
             return known if self._example is not None else known.expand_as(tensor)
         dims = [d for d, (a, b) in enumerate(zip(known.shape, shape, strict=False)) if a != b]
-        if known.dim() != len(shape) or len(dims) != 1 or known.shape[dims[0]] != self._num_examples * shape[dims[0]]:
+        if (
+            known.dim() != len(shape)
+            or len(dims) != 1
+            or known.shape[dims[0]] != self._num_examples * shape[dims[0]]
+        ):
             raise Unreplayable(
                 f"a draw of shape {tuple(known.shape)} for the batch has shape {tuple(shape)} for one example"
             )

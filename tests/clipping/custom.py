@@ -167,15 +167,21 @@ PLAIN: dict[str, Callable] = {
     "looks at numbers": looks_at_numbers,
     "a branch of each row": branch_of_each_row,
     "one-hot": lambda m, x: F.one_hot(x.argmax(1), D).to(x.dtype) @ m.w,
-    "nonzero and scatter": lambda m, x: x.new_zeros(x.shape).index_put((x > 0).nonzero(as_tuple=True), x[x > 0]) @ m.w,
+    "nonzero and scatter": lambda m, x: (
+        x.new_zeros(x.shape).index_put((x > 0).nonzero(as_tuple=True), x[x > 0]) @ m.w
+    ),
     "top-k": lambda m, x: x.gather(1, x.topk(3, 1).indices) @ m.w[:3],
     "experts by index": routed,
     "rotary attention": rotary,
     "sorted": lambda m, x: x.sort(1).values.cumsum(1) @ m.w,
     "einsum": lambda m, x: torch.einsum("bi,ij,j->bj", x, m.w, m.g),
-    "layer norm by hand": lambda m, x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt() * m.g,
+    "layer norm by hand": lambda m, x: (
+        (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt() * m.g
+    ),
     "functional norms": lambda m, x: F.layer_norm(F.rms_norm(x, (D,), m.g), (D,), m.g) @ m.w,
-    "batch norm on fixed statistics": lambda m, x: F.batch_norm(x, m.fixed[0], m.fixed[1].abs() + 1, m.g, m.g) @ m.w,
+    "batch norm on fixed statistics": lambda m, x: (
+        F.batch_norm(x, m.fixed[0], m.fixed[1].abs() + 1, m.g, m.g) @ m.w
+    ),
     "weight scaled by its norm": lambda m, x: x @ (m.w / torch.linalg.matrix_norm(m.w, 2)) * m.w.norm(),
     "matrix exponential": lambda m, x: x @ torch.matrix_exp(m.w - m.w.T),
     "solve": lambda m, x: torch.linalg.solve(torch.eye(D, dtype=x.dtype) + m.w @ m.w.T, x.T).T,
@@ -202,7 +208,10 @@ PLAIN: dict[str, Callable] = {
     "returns a named tuple": lambda m, x: Pair(x @ m.w, 3),
     "returns a dataclass": lambda m, x: Result(x @ m.w),
     "returns a namespace": lambda m, x: SimpleNamespace(y=x @ m.w, n=3),
-    "returns a number for each example": lambda m, x: ((x @ m.w).sum(1, keepdim=True) * m.g, (x * m.g).sum(1)),
+    "returns a number for each example": lambda m, x: (
+        (x @ m.w).sum(1, keepdim=True) * m.g,
+        (x * m.g).sum(1),
+    ),
     "returns integers too": lambda m, x: (x @ m.w, (x @ m.w).argmax(1)),
 }
 
@@ -241,12 +250,16 @@ def python_draw(m, x):
 
 def attends(m, x):
     h = (x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None]) @ m.w
-    return F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None] * m.g, dropout_p=0.3)[:, 0].mean(1)
+    return F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None] * m.g, dropout_p=0.3)[:, 0].mean(
+        1
+    )
 
 
 RANDOM: dict[str, Callable] = {
     "dropout": lambda m, x: F.dropout(x @ m.w, 0.4) * m.g,
-    "feature dropout": lambda m, x: F.dropout1d(x.unsqueeze(-1).expand(-1, -1, 2) * m.g[:, None], 0.4).sum(-1),
+    "feature dropout": lambda m, x: F.dropout1d(x.unsqueeze(-1).expand(-1, -1, 2) * m.g[:, None], 0.4).sum(
+        -1
+    ),
     "alpha dropout": lambda m, x: F.alpha_dropout(x @ m.w, 0.3),
     "stochastic depth": lambda m, x: x + x @ m.w * (torch.rand(len(x), 1) < 0.7).to(x.dtype) / 0.7,
     "noise": lambda m, x: (x + 0.1 * torch.randn_like(x)) @ m.w,
@@ -408,6 +421,15 @@ class Beside(nn.Module):
         return (last[0] if isinstance(last, tuple) else last)[-1]
 
 
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None])[0][:, -1]
+
+
 class Skips(nn.Module):
     """Leaves out children by chance: another list of calls in each forward."""
 
@@ -508,6 +530,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": normed(nn.utils.parametrizations.spectral_norm),
     "orthogonal": normed(nn.utils.parametrizations.orthogonal),
     "spectral norm, old": normed(nn.utils.spectral_norm),
+    "a normed GRU": lambda: Recurrent(
+        nn.utils.parametrizations.weight_norm(nn.GRU(D, D, batch_first=True), "weight_hh_l0")
+    ),
     "pruned": lambda: prune.random_unstructured(nn.Linear(D, D), "weight", 0.3),
 }
 

@@ -30,7 +30,10 @@ def truth(model, x, seed):
     losses = losses_of(model(x))
     named = dict(model.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]
-    rows = [torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True, allow_unused=True) for loss in losses]
+    rows = [
+        torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True, allow_unused=True)
+        for loss in losses
+    ]
     names = [name for name, p in named.items() if p.requires_grad]
     return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(names)}
 
