@@ -19,7 +19,6 @@ from clipping.rules.examples import BatchDims, Engine
 from clipping.rules.generic import batch_dim_of
 from clipping.rules.reruns import ChildCall, Place, is_floating
 
-
 MOST_DOUBTED = 5
 """Inputs for which it is tried whether all examples share them."""
 

@@ -21,8 +21,8 @@ from clipping.errors import MixesExamples
 from clipping.manners import Manner, Size, candidates, children_dims, ratios
 from clipping.observed import NotApart, Observed, Subject, observe
 from clipping.random_state import Sources
-from clipping.rules.draws import Draw, Unreplayable
 from clipping.rules.checkpoints import unpacked
+from clipping.rules.draws import Draw, Unreplayable
 from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine
 from clipping.rules.generic import agree, taken_down
 from clipping.rules.reruns import Rerun, Strayed

@@ -38,13 +38,13 @@ def without_checkpoints() -> Iterator[list[bool]]:
 @contextmanager
 def unpacked() -> Iterator[None]:
     """Save tensors for a backward as they are: hooks (of a checkpoint around) are for the forward of the user."""
-    autograd = torch._C._autograd
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     found = []
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:  # pyright: ignore
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
         found.append(top)
-        autograd._pop_saved_tensors_default_hooks()  # pyright: ignore[reportAttributeAccessIssue]
+        autograd._pop_saved_tensors_default_hooks()
     try:
         yield
     finally:
         for pack, unpack in reversed(found):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)  # pyright: ignore[reportAttributeAccessIssue]
+            autograd._push_saved_tensors_default_hooks(pack, unpack)

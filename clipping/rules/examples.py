@@ -70,7 +70,7 @@ def _finished(handing: Handing) -> Iterator[None]:
     handing.finish()
 
 
-def _math() -> AbstractContextManager[None]:
+def _math() -> AbstractContextManager[object]:
     """The fused kernels of attention know no vmap, and fall back to a loop."""
     return sdpa_kernel(SDPBackend.MATH)
 
