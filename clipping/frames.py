@@ -7,7 +7,8 @@ The law of this file: every parameter is put back, whether the call returns, rai
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -129,6 +130,23 @@ class Frames:
         """Whether the record of a running call covers `module`."""
         return any(frame.explains(module) for frame in self._stack)
 
+    def require_one_thread(self) -> None:
+        """Raise RuntimeError where another thread is in a call."""
+        if self._stack and not self._stack[-1].is_ours():
+            raise RuntimeError(
+                "expected one forward call at a time on a recorded model; got calls from two threads; run them one "
+                "after the other, or give each thread a copy of the model"
+            )
+
+    @contextmanager
+    def occupied(self, layer: Layer) -> Iterator[None]:
+        """A call of `layer` is about to begin in this thread."""
+        self._stack.append(_Frame(layer, threading.get_ident(), None))
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
     def begin(
         self,
         layer: Layer,
@@ -143,11 +161,7 @@ class Frames:
         back at the end. Returns whether the call is recorded. Raises RuntimeError where another thread is in a call,
         and UnrecordedParameter where the layer holds something else than the parameters `known` by canonical name.
         """
-        if self._stack and not self._stack[-1].is_ours():
-            raise RuntimeError(
-                "expected one forward call at a time on a recorded model; got calls from two threads; run them one "
-                "after the other, or give each thread a copy of the model"
-            )
+        self.require_one_thread()
         if not recording or self.explained(layer.module):
             self._stack.append(_Frame(layer, threading.get_ident(), None))
             return False

@@ -7,9 +7,9 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class Manner:
     `engine` is None for a batch of one example, which runs again as it is. `dims` are those of its inputs and outputs,
     `children` those of what the children return and take, by kind of call. `places` are those of the parameters that
     the own code uses, `rows` how many rows of each input an example has. `mutated` are input leaves that it changes in place, `changed` tensors that it holds and changes,
-    `stateful` whether it changes any attribute.
+    `copied` children whose outputs it changes in place, `stateful` whether it changes any attribute.
     """
 
     own: bool
@@ -45,6 +45,7 @@ class Manner:
     rows: tuple[float | None, ...] = ()
     mutated: tuple[int, ...] = ()
     changed: tuple[Held, ...] = ()
+    copied: frozenset[int] = frozenset()
     stateful: bool = False
     proven: bool = True
     why: str = "one path"
@@ -63,10 +64,6 @@ class Manner:
         below = [self.children[call.kind] for call in calls]
         inputs = (*self.dims.inputs, *(d for x in below for d in x.inputs))
         return BatchDims(inputs, (*self.dims.outputs, *(d for x in below for d in x.outputs)))
-
-    def joined(self, other: Manner) -> Manner:
-        """This manner, which knows the calls of another trial too."""
-        return replace(self, children={**other.children, **self.children})
 
 
 def children_dims(dims: BatchDims, calls: Sequence[ChildCall]) -> tuple[BatchDims, dict[Any, BatchDims]]:
@@ -120,14 +117,21 @@ def _square(value: object, num_examples: int) -> bool:
     return isinstance(value, Tensor) and sum(size == num_examples for size in value.shape) > 1
 
 
-def candidates(
-    leaves: Sequence[object], num_inputs: int, num_examples: int, batch_dim: int
-) -> Iterator[tuple[int | None, ...]]:
+class Size(NamedTuple):
+    """How many examples a call is of, where a model has its batch, and where other calls had it in their inputs."""
+
+    num_examples: int
+    batch_dim: int
+    alike: Sequence[tuple[int | None, ...]] = ()
+
+
+def candidates(leaves: Sequence[object], num_inputs: int, size: Size) -> Iterator[tuple[int | None, ...]]:
     """Where the batch may be in each leaf, of which the first `num_inputs` are inputs; likeliest first.
 
     In doubt: tensors that all examples share although their size is that of the batch (a mask (T, T), one for each
     window), several rows for each example (windows), and another dimension (states (1, B, H)).
     """
+    num_examples, batch_dim, alike = size
     seen = set()
     for others, several, squares in product((False, True), (True, False), (True, False)):
         found: list[int | None] = []
@@ -141,10 +145,22 @@ def candidates(
                 if position > 0 and not squares and _square(x, num_examples):
                     dim = None
             found.append(dim)
-        for dims in _shared(tuple(found), num_inputs):
+        known = [
+            (*dims, *found[num_inputs:])
+            for dims in alike
+            if _possible(dims, leaves[:num_inputs], num_examples)
+        ]
+        for dims in (*known, *_shared(tuple(found), num_inputs)):
             if dims not in seen:
                 seen.add(dims)
                 yield dims
+
+
+def _possible(dims: Sequence[int | None], leaves: Sequence[object], num_examples: int) -> bool:
+    return len(dims) == len(leaves) and all(
+        dim is None or (isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] % num_examples == 0)
+        for dim, x in zip(dims, leaves, strict=True)
+    )
 
 
 def _shared(dims: tuple[int | None, ...], num_inputs: int) -> Iterator[tuple[int | None, ...]]:

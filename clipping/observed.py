@@ -17,6 +17,7 @@ from clipping.layers import Layer
 from clipping.module_state import Held, ModuleState, copied, held_tensors
 from clipping.own_code import Arrivals, OwnRun
 from clipping.random_state import Sources
+from clipping.rules.checkpoints import without_checkpoints
 from clipping.rules.reruns import Moment, Place, Rerun, floating_leaves, hooked, is_floating, place_parameters
 from clipping.structures import Structure, flatten, unflatten
 
@@ -85,6 +86,7 @@ class Observed:
     changed: tuple[Held, ...]
     mutated: tuple[int, ...]
     sources: Sources
+    checkpointed: bool
 
     def rerun(self, subject: Subject) -> Rerun:
         """The forward, as it can be run again."""
@@ -126,7 +128,7 @@ def observe(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], sou
             ]
             place_parameters(subject.places, variables)
             clean = ModuleState.of(members)
-            with _Watching(subject, run, variables).hooked() as inputs:
+            with _Watching(subject, run, variables).hooked() as inputs, without_checkpoints() as met:
                 passed = _forward(subject.layer.module, unflatten(given, structure))
             run.end()
             place_parameters(subject.places, variables)
@@ -143,7 +145,7 @@ def observe(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], sou
     outputs = tuple(floating_leaves(passed.outputs))
     return Observed(
         passed.leaves, passed.structure, variables, watched, passed.outputs, outputs, tuple(inputs),
-        run, moment, changed, passed.mutated, sources._replace(foreign=foreign),
+        run, moment, changed, passed.mutated, sources._replace(foreign=foreign), bool(met),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ all of it is there the stand-ins' own gradient is asked for, and dropped: it is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,11 @@ class Arrivals:
         self.inputs: dict[int, Tensor] = {}
         self.num_inputs = 0
         self.call: Any = None
+
+    def of(self, call: Any) -> Any:
+        """Take the gradients that `call` would deliver, to deliver them when all are there; what the tap calls."""
+        self.call = call
+        return replace(call, deliver=self.take_outputs)
 
     def current(self) -> Arrivals:
         """Itself, emptied where another backward runs than that whose gradients are held."""
@@ -82,15 +88,26 @@ class Mark(torch.autograd.Function):
 
 
 class OwnRun:
-    """One running forward: the children it has called, outermost ones only."""
+    """One running forward: the children it has called, outermost ones only.
 
-    def __init__(self, arrivals: Arrivals, sources: Sources, opened: frozenset[int]) -> None:
+    Outputs of the children in `copied` (None: of all) are kept as copies, as the own code may change them in place.
+    """
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        sources: Sources,
+        opened: frozenset[int],
+        copied: frozenset[int] | None = None,
+    ) -> None:
         self.arrivals = arrivals
         self.calls: list[ChildCall] = []
         self.leaves: list[object] = []
         self.moved = False
         self._sources = sources
         self._opened = opened
+        self._copied = copied
+        self._given: list[tuple[nn.Module, Tensor, int]] = []
         self._state = sources.read()
         self._depth = 0
         self.modules_of_inputs: list[nn.Module] = []
@@ -120,12 +137,20 @@ class OwnRun:
         number = sum(call.module is module for call in self.calls)
         taken = len(self.modules_of_inputs) - sum(call.num_inputs for call in self.calls)
         self.calls.append(ChildCall(module, number, taken, structure, len(leaves), self._state))
-        self.leaves += leaves
+        copied = self._copied is None or id(module) in self._copied
+        self.leaves += [x.detach().clone() if copied and isinstance(x, Tensor) else x for x in leaves]
+        if self._copied is None:
+            self._given += [(module, x, x._version) for x in leaves if isinstance(x, Tensor)]
 
     def end(self) -> None:
         """The own code has ended: note whether it drew."""
         self.arrivals.num_inputs = len(self.modules_of_inputs)
         self.moved = self.moved or not self._sources.read().same(self._state)
+
+    @property
+    def changed(self) -> frozenset[int]:
+        """The children whose outputs were changed in place afterwards."""
+        return frozenset(id(module) for module, x, version in self._given if x._version != version)
 
     def _watched(self, module: nn.Module, value: object) -> object:
         if not is_floating(value):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakSet
@@ -63,14 +63,6 @@ class Call:
     fold: Fold | None
     origin: Origin
     kept: Kept | None = None
-
-    def arriving(self) -> Call:
-        """What the tap calls: this, or one that waits for the gradients of what went into the children."""
-        arrivals = None if self.kept is None else self.kept.arrivals
-        if arrivals is None:
-            return self
-        arrivals.call = self
-        return replace(self, deliver=arrivals.take_outputs)
 
 
 def _exhausted(delivered: set[Call], calls: WeakSet[Call]) -> bool:

@@ -47,7 +47,7 @@ from clipping.rules.registry import Inputs
 from clipping.structures import flatten, unflatten
 from clipping.tap import Autocast, Call, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
-from clipping.unruled import Begun, Kept, Unruled
+from clipping.unruled import Begun, Kept, Ran, Unruled
 
 _TENSOR = object()
 
@@ -232,29 +232,31 @@ class Tape:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         layer = self._by_module.get(id(module))
-        if layer is None or layer.module is not module or self._rerunning:  # a copy of the model
+        if layer is None or layer.module is not module:  # a copy of the model
+            return None
+        self._frames.require_one_thread()
+        if self._rerunning:
             return None
         recording = torch.is_grad_enabled() and not self._aside
         opening, begun = None, None
         if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
-            begun, num_examples = self._opened(layer, args, kwargs)
+            begun = self._begun(layer, args, kwargs)
             opening = begun.opening
-            begun = (begun, num_examples)
         recorded = self._frames.begin(layer, recording, self.parameters, opening, begun)
         return self._expanded(layer, args, kwargs) if recorded and not self._paused else None
 
-    def _opened(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Begun, int]:
+    def _begun(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         in_backward = torch._C._current_graph_task_id() != -1
         hint = self._batch_hint if self._in_root or in_backward else None
-        with self._again():
-            manner, num_examples = self._unruled.manner(layer, args, kwargs, hint, now=not in_backward)
-        for child in manner.called if manner.own else ():
+        with self._frames.occupied(layer), self._again():
+            begun = self._unruled.begin(layer, args, kwargs, hint, self._anchor, now=not in_backward)
+        for child in begun.manner.called:
             if id(child) not in self._children:
                 self._children.add(id(child))
                 enter, leave = untraced(self._enter_child), untraced(self._leave_child)
                 self._hooks.append(child.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
                 self._hooks.append(child.register_forward_hook(leave, always_call=True))
-        return self._unruled.begin(layer, manner, args, kwargs, self._anchor), num_examples
+        return begun
 
     @contextmanager
     def _again(self) -> Iterator[None]:
@@ -312,39 +314,53 @@ class Tape:
         ended = None if self._rerunning else self._frames.end(module)
         if ended is None or outputs is None or self._paused:
             return None
-        kept = None
-        if ended.begun is not None:
-            begun, num_examples = ended.begun
+        ran = None
+        if isinstance(ended.begun, Begun):
             with self._again():
-                kept = self._unruled.ended(ended.layer, begun, num_examples, args, kwargs, outputs)
-        return self._tapped(ended.layer, Inputs(args, kwargs), outputs, kept)
+                ran = self._unruled.ended(ended.layer, ended.begun, args, kwargs, outputs)
+        return self._tapped(ended.layer, Inputs(args, kwargs), outputs, ran)
 
-    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, kept: Kept | None) -> object:
+    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, ran: Ran | None) -> object:
         refuse_packed(layer, inputs)
         out_leaves, out_structure = flatten(outputs)
         floating = [x for x in out_leaves if isinstance(x, Tensor) and is_floating(x)]
         detached, dims = [x.detach() for x in floating], None
         if layer.rule is not None and layer.rule.batch_dims is not None:
             dims = BatchDims((), layer.rule.batch_dims(layer.module, inputs, detached))
-        refuse_opaque(layer, out_leaves, () if kept is None else kept.handed_out)
+        refuse_opaque(layer, out_leaves, () if ran is None else ran.handed_out)
         if not floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
         in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
-        if kept is not None:
-            layer, in_leaves = kept.recorded(layer), list(kept.leaves)
+        if ran is not None:
+            layer, in_leaves = ran.kept.recorded(layer), ran.leaves
         fold = self._folds.of(layer, detached)
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
         autocast = Autocast.of(floating[0].device.type)
         origin = self._origin or self.turns.origin()
         call = Call(
-            self._deliver, layer, in_structure, constants, dims, autocast, in_backward, fold, origin, kept
+            self._deliver,
+            layer,
+            in_structure,
+            constants,
+            dims,
+            autocast,
+            in_backward,
+            fold,
+            origin,
+            ran and ran.kept,
         )
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
-        tapped = Tap.apply(call.arriving(), self._anchor, len(floating), *floating, *tensors)
+        tapped = Tap.apply(
+            call if ran is None or ran.wait is None else ran.wait.of(call),
+            self._anchor,
+            len(floating),
+            *floating,
+            *tensors,
+        )
         supply = iter(tapped if isinstance(tapped, tuple) else (tapped,))
         return unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_structure)
 

@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipping.errors import MixesExamples
-from clipping.manners import Manner, candidates, children_dims, ratios
+from clipping.manners import Manner, Size, candidates, children_dims, ratios
 from clipping.observed import NotApart, Observed, Subject, observe
 from clipping.random_state import Sources
+from clipping.rules.checkpoints import unpacked
 from clipping.rules.draws import Draw, Unreplayable
-from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, unpacked
+from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine
 from clipping.rules.generic import agree, taken_down
 from clipping.rules.reruns import Rerun, Strayed
 
@@ -63,6 +64,8 @@ def prove(subject: Subject, seen: Observed, rerun: Rerun, engine: Engine, batch:
 def _dim(alone: Tensor, batched: Tensor, batch: Batch) -> int | None:
     """The dimension in which a batch's output is longer than an example's, by the number of examples."""
     shape = alone.shape[1:]
+    if batch.num_examples == 1 and shape == batched.shape:
+        return 0 if batched.dim() else None  # all rows are the example's
     dims = [d for d, (a, b) in enumerate(zip(shape, batched.shape, strict=False)) if a != b]
     if len(shape) != batched.dim() or len(dims) > 1:
         raise Differs("an output of another shape")
@@ -87,6 +90,8 @@ def _compare_gradients(
     """Send back one example's outputs, for some; the parameters that their gradients reached."""
     last = batch.num_examples - 1
     chosen = [i for i in dict.fromkeys((0, last, last // 2)) if finite[i]]
+    if not chosen:
+        return frozenset(seen.variables)
     sent = _cotangents(seen, batch)
     truth = {i: _sent_back(seen, batch, sent, i) for i in chosen}
     used = frozenset(name for found in truth.values() for name, g in found.gradients.items() if g is not None)
@@ -94,7 +99,7 @@ def _compare_gradients(
     parameters = {name: x.detach() for name, x in seen.variables.items() if name in used}
     if not used or all(c is None for c in cotangents):
         return used
-    got = engine.gradients(rerun, batch, parameters, cotangents)
+    got = engine.gradients(rerun, batch, parameters, cotangents).gradients
     for index, found in truth.items():
         alone = {name: got[name][index] for name in used}
         if not _agree({n: g for n, g in found.gradients.items() if n in used}, alone):
@@ -130,7 +135,8 @@ def _sent_back(seen: Observed, batch: Batch, sent: Sequence[Tensor | None], inde
             pairs.append((out, kept))
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
-        torch.autograd.backward(outputs, grads, retain_graph=True)
+        leaves = [*seen.variables.values(), *seen.watched.values()]
+        torch.autograd.backward(outputs, grads, retain_graph=True, inputs=leaves)
     found = {name: x.grad for name, x in seen.variables.items()}
     reached = {position: x.grad for position, x in seen.watched.items()}
     for x in (*seen.variables.values(), *seen.watched.values()):
@@ -203,50 +209,39 @@ class Failure(NamedTuple):
 
 
 def settle(
-    subject: Subject,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_examples: int,
-    batch_dim: int,
-    sources: Sources,
+    subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size, sources: Sources
 ) -> Manner:
     """The manner of calls like this one; raises `MixesExamples` or TypeError where there is none."""
     failures: list[Failure] = []
-    with unpacked(), torch.enable_grad():
+    with unpacked(), torch.enable_grad(), sources.preserved():
         for whole in (False, True):
             if not (whole or len(subject.layer.members) > 1):
                 continue
-            found = _settled(
-                subject._replace(whole=whole), args, kwargs, num_examples, batch_dim, sources, failures
-            )
+            found = _settled(subject._replace(whole=whole), args, kwargs, size, sources, failures)
             if found is not None:
                 return found
     raise _refusal(subject, failures)
 
 
 def _settled(
-    subject: Subject,
-    args: Any,
-    kwargs: Any,
-    num_examples: int,
-    batch_dim: int,
-    sources: Sources,
-    failures: list[Failure],
+    subject: Subject, args: Any, kwargs: Any, size: Size, sources: Sources, failures: list[Failure]
 ) -> Manner | None:
     for _ in range(MOST_OPENED):
         try:
             seen = observe(subject, args, kwargs, sources)
+            if not seen.outputs:  # what it returns shows no tensor: nothing to differentiate, or refused
+                return Manner(
+                    False, None, BatchDims((), ()), {}, (), subject.places, (), sources, proven=False
+                )
             if not subject.whole and not seen.run.calls:
                 return None
-            return _proven(subject, seen, num_examples, batch_dim, failures)
+            return _proven(subject, seen, size, failures)
         except NotApart as told:
             subject = subject._replace(opened=tuple(dict.fromkeys((*subject.opened, *told.modules))))
     return None
 
 
-def _proven(
-    subject: Subject, seen: Observed, num_examples: int, batch_dim: int, failures: list[Failure]
-) -> Manner | None:
+def _proven(subject: Subject, seen: Observed, size: Size, failures: list[Failure]) -> Manner | None:
     rerun, leaves = seen.rerun(subject), seen.all_leaves
     draws: list[Draw] | None = None
     if seen.moment.moved:
@@ -259,26 +254,41 @@ def _proven(
             failures.append(Failure(False, str(error)))
             return None
     for engine in (VMAP, LOOP):
-        for dims in candidates(leaves, len(seen.leaves), num_examples, batch_dim):
-            if all(dim is None for dim in dims):
-                continue
-            batch = Batch(leaves, BatchDims(dims, ()), num_examples, draws)
-            try:
-                proof = prove(subject, seen, rerun, engine, batch)
-            except Differs as error:
-                failures.append(Failure(True, str(error)))
-            except NotApart:
-                raise
-            except Exception as error:  # whatever the module or vmap raise for one example
-                failures.append(
-                    Failure(
-                        False,
-                        f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
-                    )
-                )
-            else:
-                return _manner(subject, seen, engine, proof, num_examples, failures)
+        batch = Batch(leaves, BatchDims((), ()), size.num_examples, draws)
+        proof = _first_proof(subject, seen, rerun, engine, batch, size, failures)
+        if proof is not None:
+            return _manner(subject, seen, engine, proof, size, failures)
     return None
+
+
+def _first_proof(
+    subject: Subject,
+    seen: Observed,
+    rerun: Rerun,
+    engine: Engine,
+    batch: Batch,
+    size: Size,
+    failures: list[Failure],
+) -> Proof | None:
+    """The first that finds the batch in every output, else the first that finds it in some."""
+    partial: Proof | None = None
+    for dims in candidates(batch.leaves, len(seen.leaves), size):
+        if all(dim is None for dim in dims):
+            continue
+        try:
+            proof = prove(subject, seen, rerun, engine, batch._replace(dims=BatchDims(dims, ())))
+        except Differs as error:
+            failures.append(Failure(True, str(error)))
+        except NotApart:
+            raise
+        except Exception as error:  # whatever the module or vmap raise for one example
+            first = (str(error).splitlines() or [""])[0]
+            failures.append(Failure(False, f"{type(error).__name__}: {first[:160]}"))
+        else:
+            if None not in proof.dims.outputs:
+                return proof
+            partial = partial or proof
+    return partial
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -288,10 +298,14 @@ def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def _manner(
-    subject: Subject, seen: Observed, engine: Engine, proof: Proof, num_examples: int, failures: list[Failure]
+    subject: Subject, seen: Observed, engine: Engine, proof: Proof, size: Size, failures: list[Failure]
 ) -> Manner:
     opened = {id(x) for x in (subject.layer.module, *subject.opened)}
-    own = not subject.whole
+    own = (
+        not subject.whole or seen.checkpointed
+    )  # which runs again in the backward, on the parameters themselves
+    if subject.whole:
+        subject = subject._replace(opened=subject.layer.members)
     places = tuple(
         place for place in subject.places if not own or place.name in proof.used or id(place.module) in opened
     )
@@ -300,10 +314,24 @@ def _manner(
         why += f" ({failures[-1].why})"
     dims, children = children_dims(proof.dims, seen.run.calls)
     return Manner(
-        own, engine, dims, children, tuple({id(x.module): x.module for x in seen.run.calls}.values()), places,
-        subject.opened, seen.sources, ratios(dims.inputs, seen.leaves, num_examples), seen.mutated, seen.changed, seen.moment.state is not None, proof.complete,
-        why + (", children by their own rules" if own else ""),
+        own, engine, dims, children, _callable(subject, seen) if own else (), places,
+        subject.opened, seen.sources, ratios(dims.inputs, seen.leaves, size.num_examples), seen.mutated, seen.changed, seen.run.changed, seen.moment.state is not None, proof.complete,
+        why + (", children by their own rules" if seen.run.calls else ""),
     )  # fmt: skip
+
+
+def _callable(subject: Subject, seen: Observed) -> tuple[nn.Module, ...]:
+    """The children that the own code called, and those that it may call: its own, and those in its lists of modules."""
+    found = {id(call.module): call.module for call in seen.run.calls}
+    opened = {id(subject.layer.module): subject.layer.module, **{id(x): x for x in subject.opened}}
+    lists = [x for module in opened.values() for x in module.children()]
+    while lists:
+        child = lists.pop()
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            lists += child.children()
+        elif id(child) not in opened and not getattr(child, "inplace", False):
+            found.setdefault(id(child), child)
+    return tuple(found.values())
 
 
 def _refusal(subject: Subject, failures: list[Failure]) -> Exception:

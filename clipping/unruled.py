@@ -7,23 +7,23 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from clipping.frames import Opening
 from clipping.grads import SampleGrads
 from clipping.layers import Layer
-from clipping.manners import Manner, examples_of, ratios
-from clipping.module_state import ModuleState, copied, held_tensors
+from clipping.manners import Manner, Size, examples_of, ratios
+from clipping.module_state import ModuleState, copied
 from clipping.observed import Expanded, Serves, Subject
 from clipping.own_code import Arrivals, Mark, OwnRun
 from clipping.random_state import RandomState, Sources
 from clipping.rules.draws import Unreplayable
 from clipping.rules.examples import LOOP, Batch, BatchDims
 from clipping.rules.generic import generic
-from clipping.rules.reruns import Moment, Place, Rerun, Strayed, floating_leaves
+from clipping.rules.reruns import ChildCall, Moment, Place, Rerun, Strayed, floating_leaves
 from clipping.structures import Structure, flatten, unflatten
 from clipping.trials import settle
 
@@ -33,6 +33,7 @@ class Begun:
     """What is kept of a forward that has begun."""
 
     manner: Manner
+    num_examples: int
     before: RandomState
     state: ModuleState | None
     tensors: tuple[Any, ...]
@@ -41,15 +42,12 @@ class Begun:
     opening: Opening | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Kept:
-    """One forward as it can be differentiated: its leaves are the rerun's, then outputs that must come again."""
+class Kept(NamedTuple):
+    """One forward as it can be differentiated, but for its tensors: they are saved as autograd saves them."""
 
     manner: Manner
     rerun: Rerun
     num_examples: int
-    leaves: tuple[object, ...]
-    arrivals: Arrivals | None
 
     def recorded(self, layer: Layer) -> Layer:
         """`layer` with the names of those parameters only that are its record's to explain."""
@@ -57,16 +55,22 @@ class Kept:
         return layer._replace(names=names)
 
     @property
-    def handed_out(self) -> tuple[object, ...]:
-        """What the children returned, tensors aside."""
-        if self.arrivals is None:
-            return ()
-        return tuple(x for x in self.leaves[self.rerun.num_inputs :] if not isinstance(x, Tensor))
-
-    @property
     def num_leaves(self) -> int:
         """How many of the leaves are the rerun's."""
         return self.rerun.num_inputs + sum(call.num_leaves for call in self.rerun.calls)
+
+
+class Ran(NamedTuple):
+    """A forward that has ended: `leaves` are the rerun's, then outputs that must come again; `wait` for its children."""
+
+    kept: Kept
+    leaves: list[object]
+    wait: Arrivals | None
+
+    @property
+    def handed_out(self) -> list[object]:
+        """What the children returned."""
+        return self.leaves[self.kept.rerun.num_inputs :] if self.wait is not None else []
 
 
 class Unruled:
@@ -89,39 +93,54 @@ class Unruled:
         self._serves = serves
         self._expanded = expanded
         self._without_rule = {id(layer.module) for layer in layers if layer.rule is None}
-        self._manners: dict[tuple[object, ...], Manner] = {}
-        self._doubted: set[tuple[object, ...]] = set()
+        self._manners: dict[tuple[Any, ...], Manner] = {}
+        self._latest: dict[tuple[Any, ...], Manner] = {}
+        self._doubted: set[tuple[Any, ...]] = set()
 
     def doubt(self) -> None:
         """Prove everything again: a branch that starts at zero mixes only once it has been trained."""
         self._doubted = set(self._manners)
 
-    def manner(
+    def _manner(
         self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], hint: int | None, *, now: bool
     ) -> tuple[Manner, int]:
-        """How to differentiate this call, and of how many examples it is; `now` allows a trial."""
         leaves, _ = flatten((args, kwargs))
         found = examples_of(leaves, hint, self._batch_dim)
         num_examples = 0 if found is None else found
-        key = (id(layer.module), layer.module.training, *map(_kind, leaves))
-        known = self._manners.get(key)
-        fits = known is not None and num_examples > 0 and _fits(known, leaves, num_examples)
-        settled = key not in self._doubted or num_examples <= 1 or not now
-        if known is not None and fits and settled:
+        kind = (id(layer.module), layer.module.training, *map(_kind, leaves))
+        # A mask (T, T) that all examples share looks like a batch where T happens to be B: a kind of its own.
+        key = (kind, *(isinstance(x, Tensor) and num_examples in x.shape for x in leaves))
+        if num_examples == 1 and not self._known(key, leaves, 1):
+            key = (*key, 1)  # which shows nothing of larger batches
+        known = self._known(key, leaves, num_examples)
+        if known is not None and (key not in self._doubted or not now):
             return known, num_examples
-        if num_examples <= 1 or not now:
-            return self._single(layer, len(leaves), num_examples), num_examples
-        manner = self._settle(layer, args, kwargs, num_examples)
+        if num_examples == 0 or not now:
+            return self._latest.get(key) or self._single(layer, len(leaves), num_examples), num_examples
+        alike = [x.dims.inputs for other, x in self._manners.items() if other[0] == kind]
+        manner = self._settle(layer, args, kwargs, num_examples, alike)
         self._doubted.discard(key)
+        self._latest[key] = manner
         if manner.proven:
             self._manners[key] = manner
         return manner, num_examples
 
+    def _known(self, key: tuple[Any, ...], leaves: Sequence[object], num_examples: int) -> Manner | None:
+        known = self._manners.get(key)
+        if known is None or num_examples == 0 or len(known.dims.inputs) != len(leaves):
+            return None
+        return known if ratios(known.dims.inputs, leaves, num_examples) == known.rows else None
+
     def _settle(
-        self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], num_examples: int
+        self,
+        layer: Layer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_examples: int,
+        alike: Sequence[tuple[int | None, ...]],
     ) -> Manner:
         sources = Sources.of(layer.members, foreign=True)
-        return settle(self._subject(layer), args, kwargs, num_examples, self._batch_dim, sources)
+        return settle(self._subject(layer), args, kwargs, Size(num_examples, self._batch_dim, alike), sources)
 
     def _subject(self, layer: Layer) -> Subject:
         places = places_of(layer)
@@ -134,49 +153,52 @@ class Unruled:
         return id(module) in self._without_rule
 
     def _single(self, layer: Layer, num_leaves: int, num_examples: int) -> Manner:
-        """One example, or none: the module runs again as it ran, all of it."""
-        dims = BatchDims((None,) * num_leaves, ())
-        changed = tuple(held_tensors(layer.members)) if num_examples else ()
-        every = tuple(range(num_leaves)) if num_examples else ()
-        sources = Sources.of(layer.members, foreign=False)
-        return Manner(
-            False, None, dims, {}, (), places_of(layer), (), sources, (), every, changed, bool(num_examples),
-            why="a batch of one example",
-        )  # fmt: skip
+        """No examples, or a batch of which nothing is known."""
+        dims, sources = BatchDims((None,) * num_leaves, ()), Sources.of(layer.members, foreign=False)
+        return Manner(False, None, dims, {}, (), places_of(layer), (), sources)
 
     # -- one forward ----------------------------------------------------------------------------------------
 
     def begin(
-        self, layer: Layer, manner: Manner, args: tuple[Any, ...], kwargs: dict[str, Any], anchor: Tensor
+        self,
+        layer: Layer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hint: int | None,
+        anchor: Tensor,
+        *,
+        now: bool,
     ) -> Begun:
-        """Keep what the forward may change."""
+        """Settle the manner (by a trial, if `now`), and keep what the forward may change."""
+        manner, num_examples = self._manner(layer, args, kwargs, hint, now=now)
         leaves, _ = flatten((args, kwargs))
         kept = {i: x.detach().clone() for i in manner.mutated if isinstance(x := leaves[i], Tensor)}
         state = ModuleState.of(layer.members) if manner.stateful else None
         arrivals = Arrivals()
         opening = self._opening(layer, manner, arrivals, anchor) if manner.own else None
         return Begun(
-            manner, manner.sources.read(), state, tuple(copied(manner.changed)), kept, arrivals, opening
+            manner,
+            num_examples,
+            manner.sources.read(),
+            state,
+            tuple(copied(manner.changed)),
+            kept,
+            arrivals,
+            opening,
         )
 
     def _opening(self, layer: Layer, manner: Manner, arrivals: Arrivals, anchor: Tensor) -> Opening:
         names = sorted(manner.names)
         marked = Mark.apply(arrivals, anchor, *(self._parameters[name].detach() for name in names))
         opened = frozenset(map(id, (layer.module, *manner.opened)))
-        run = OwnRun(arrivals, manner.sources, opened)
+        run = OwnRun(arrivals, manner.sources, opened, manner.copied)
         return Opening(manner.places, dict(zip(names, marked, strict=True)), opened, run)
 
     def ended(
-        self,
-        layer: Layer,
-        begun: Begun,
-        num_examples: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: object,
-    ) -> Kept:
+        self, layer: Layer, begun: Begun, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object
+    ) -> Ran:
         """All that is needed to differentiate the forward."""
-        manner, sources = begun.manner, begun.manner.sources
+        manner, sources, num_examples = begun.manner, begun.manner.sources, begun.num_examples
         leaves, structure = flatten((args, kwargs))
         num_inputs = len(leaves)
         leaves = [begun.kept.get(i, x) for i, x in enumerate(leaves)]
@@ -188,32 +210,39 @@ class Unruled:
             moved, calls = run.moved, tuple(run.calls)
             leaves += run.leaves
             if not manner.knows(calls):
-                manner = manner.joined(
-                    self._seen_again(layer, begun, leaves[:num_inputs], structure, num_examples)
-                )
+                manner = self._widened(layer, begun, calls, leaves, structure)
         moment = Moment(begun.before, after, moved, begun.state, begun.tensors)
         rerun = Rerun(
-            layer.module, layer.members, manner.places, structure, num_inputs, calls, sources, moment
+            layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment
         )
         checked = moved or manner.engine is LOOP
         leaves += floating_leaves(outputs) if checked else []
-        return Kept(manner, rerun, num_examples, tuple(leaves), begun.arrivals if manner.own else None)
+        return Ran(Kept(manner, rerun, num_examples), leaves, begun.arrivals if manner.own else None)
 
-    def _seen_again(
-        self, layer: Layer, begun: Begun, leaves: Sequence[object], structure: Structure, num_examples: int
+    def _widened(
+        self,
+        layer: Layer,
+        begun: Begun,
+        calls: Sequence[ChildCall],
+        leaves: Sequence[object],
+        structure: Structure,
     ) -> Manner:
-        """A trial of a forward that called other children than the first, with the numbers that it drew."""
-        sources = begun.manner.sources
+        """The manner of a forward that called children as no trial has seen, by a trial with the numbers that it drew."""
+        manner, sources = begun.manner, begun.manner.sources
         with sources.preserved():
             sources.write(begun.before)
-            args, kwargs = unflatten(leaves, structure)  # pyright: ignore[reportGeneralTypeIssues]
-            found = self._settle(layer, args, kwargs, num_examples)
-        if not found.own:
+            args, kwargs = unflatten(leaves[: len(manner.dims.inputs)], structure)  # pyright: ignore
+            found = self._settle(layer, args, kwargs, begun.num_examples, [manner.dims.inputs])
+        if not found.own or not found.knows(calls):
             raise RuntimeError(
-                f"expected module {layer.name or 'model'!r} to call its children as on the first batch; got others, whose "
-                "calls it cannot be told apart from; call the same children in every forward"
+                f"expected module {layer.name or 'model'!r} to call its children as on the first batch; got others, which "
+                "cannot be told apart from it; call the same children in every forward"
             )
-        return found
+        key = next((key for key, known in self._manners.items() if known is manner), None)
+        manner = replace(manner, children={**found.children, **manner.children})
+        if key is not None and begun.num_examples > 1:
+            self._manners[key] = manner
+        return manner
 
     # -- gradients --------------------------------------------------------------------------------------------
 
@@ -246,11 +275,6 @@ def places_of(layer: Layer) -> tuple[Place, ...]:
 
 def _kind(value: object) -> object:
     return (value.dim(), value.dtype) if isinstance(value, Tensor) else type(value)
-
-
-def _fits(manner: Manner, leaves: Sequence[object], num_examples: int) -> bool:
-    dims = manner.dims.inputs
-    return len(dims) == len(leaves) and ratios(dims, leaves, num_examples) == manner.rows
 
 
 def refuse_shared(layer: Layer, manner: Manner, grads: Sequence[Tensor | None]) -> None:

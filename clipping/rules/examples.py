@@ -70,19 +70,9 @@ def _finished(handing: Handing) -> Iterator[None]:
     handing.finish()
 
 
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Save tensors for a backward as they are: hooks (of a checkpoint around) are for the forward of the user."""
-    found = []
-    autograd = torch._C._autograd
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:  # pyright: ignore
-        found.append(top)
-        autograd._pop_saved_tensors_default_hooks()  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(found):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)  # pyright: ignore[reportAttributeAccessIssue]
+def _math() -> AbstractContextManager[object]:
+    """The fused kernels of attention know no vmap, and fall back to a loop."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _constant(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,7 +84,7 @@ def _constant(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def outputs_by_vmap(rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """What each example gives alone, (B, ...) each."""
-    with rerun.prepared() as run, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
+    with rerun.sources.preserved(), rerun.prepared() as run, torch.no_grad(), _math(), batch.handing(None):
         fixed = _constant(parameters)
         each = vmap(
             lambda parts: run(batch.leaves_of(parts), fixed),
@@ -125,41 +115,51 @@ Cotangents = Sequence[Tensor | None]
 """The gradient of each output of the own code, in the batch's shape; None: nothing depends on it."""
 
 
+class Found(NamedTuple):
+    """(B, *shape) for each parameter, and the outputs (B, ...) that each example gave."""
+
+    gradients: dict[str, Tensor]
+    outputs: Sequence[Tensor]
+
+
 def gradients_by_vmap(
     rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
-) -> dict[str, Tensor]:
-    """(B, *shape) for each parameter."""
+) -> Found:
+    """The gradients of all examples at once."""
     pairs = enumerate(zip(cotangents, batch.dims.outputs, strict=True))
     present = [(i, batch.rows(c, d), d) for i, (c, d) in pairs if c is not None and d is not None]
-    with rerun.prepared() as run:
+    with rerun.sources.preserved(), rerun.prepared() as run:
 
-        def paired(values: dict[str, Tensor], parts: tuple[Tensor, ...], sent: tuple[Tensor, ...]) -> Tensor:
+        def paired(
+            values: dict[str, Tensor], parts: tuple[Tensor, ...], sent: tuple[Tensor, ...]
+        ) -> tuple[Tensor, list[Tensor]]:
             outputs = run(batch.leaves_of(parts), values)
             pairs = zip(present, sent, strict=True)
-            return torch.stack([(outputs[i] * c.conj()).sum().real for (i, _, _), c in pairs]).sum()
+            return torch.stack([(outputs[i] * c.conj()).sum().real for (i, _, _), c in pairs]).sum(), outputs
 
         in_dims = (None, batch.part_dims, tuple(d for _, _, d in present))
         sent = tuple(c for _, c, _ in present)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), batch.handing(None):
-            each = vmap(grad(paired), in_dims=in_dims, randomness="different")
-            return each(_constant(parameters), batch.parts, sent)
+        with torch.enable_grad(), _math(), batch.handing(None):
+            each = vmap(grad(paired, has_aux=True), in_dims=in_dims, randomness="different")
+            return Found(*each(_constant(parameters), batch.parts, sent))
 
 
 def gradients_by_loop(
     rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
-) -> dict[str, Tensor]:
+) -> Found:
     """The same, one example after the other."""
-    found: list[dict[str, Tensor]] = []
+    found: list[Found] = []
     with rerun.prepared() as run:
         for index in range(batch.num_examples):
             with torch.enable_grad(), rerun.sources.preserved(), batch.handing(index):
                 found.append(_one_gradient(run, batch, index, parameters, cotangents))
-    return {name: torch.stack([x[name] for x in found]) for name in parameters}
+    gradients = {name: torch.stack([x.gradients[name] for x in found]) for name in parameters}
+    return Found(gradients, [torch.stack(x) for x in zip(*(x.outputs for x in found), strict=True)])
 
 
 def _one_gradient(
     run: Run, batch: Batch, index: int, parameters: Mapping[str, Tensor], cotangents: Cotangents
-) -> dict[str, Tensor]:
+) -> Found:
     variables = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     outputs = run(_leaves_at(batch, index), variables)
     sent = [
@@ -167,14 +167,14 @@ def _one_gradient(
         for out, c, d in zip(outputs, cotangents, batch.dims.outputs, strict=True)
         if c is not None and d is not None and out.requires_grad
     ]
-    return backward(sent, variables)
+    return Found(backward(sent, variables), [x.detach() for x in outputs])
 
 
 def backward(sent: Sequence[tuple[Tensor, Tensor]], variables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradient of each variable, a leaf, where these outputs have these gradients; zeros where none arrives."""
-    if sent:  # not autograd.grad: reentrant checkpoints inside would refuse it
+    if sent:
         outputs, grads = zip(*sent, strict=True)
-        torch.autograd.backward(outputs, grads, retain_graph=True)
+        torch.autograd.backward(outputs, grads, inputs=list(variables.values()))
     found = {}
     for name, x in variables.items():
         found[name] = torch.zeros_like(x) if x.grad is None else x.grad
@@ -193,8 +193,8 @@ class Engine(NamedTuple):
 
     def gradients(
         self, rerun: Rerun, batch: Batch, parameters: Mapping[str, Tensor], cotangents: Cotangents
-    ) -> dict[str, Tensor]:
-        """(B, *shape) for each parameter."""
+    ) -> Found:
+        """(B, *shape) for each parameter, and the outputs."""
         by = gradients_by_vmap if self.name == "vmap" else gradients_by_loop
         return by(rerun, batch, parameters, cotangents)
 

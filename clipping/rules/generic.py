@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clipping.errors import MixesExamples
 from clipping.grads import Dense, SampleGrads
+from clipping.rules.checkpoints import unpacked
 from clipping.rules.draws import Draw, TakingDown, Unreplayable
-from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, backward
+from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, Found, backward
 from clipping.rules.reruns import Rerun, Strayed, is_floating
 
 __all__ = ["BatchDims", "agree", "batch_dim_of", "generic", "is_floating", "taken_down"]
@@ -55,10 +56,11 @@ def taken_down(
 ) -> tuple[list[Draw], list[Tensor]]:
     """What the batch drew, by running it again from its first random state; and its outputs."""
     with rerun.sources.preserved(), rerun.prepared() as run, torch.no_grad():
-        rerun.sources.write(rerun.moment.before)
         with TakingDown(rerun.sources) as taking:
             outputs = run(_copies(leaves), {name: p.detach() for name, p in parameters.items()})
-        if not rerun.sources.read().same(rerun.moment.after):
+        end = rerun.sources.read()
+        idle = not taking.draws and end.same(rerun.moment.before)  # another thread drew meanwhile
+        if not idle and not end.same(rerun.moment.after):
             raise Unreplayable("run again from the same random state, it draws another number of times")
     return taking.draws, outputs
 
@@ -89,13 +91,9 @@ def generic(
         if not all(agree(a[None], b[None]) for a, b in zip(again, outputs, strict=False)):
             raise Unreplayable("run again from the same random state, it gives another output")
         batch = batch._replace(draws=draws)
-    if outputs and engine is LOOP:
-        _compare(rerun, engine, batch, parameters, outputs)
-    with rerun.sources.preserved():
-        if rerun.moment.moved:
-            rerun.sources.write(rerun.moment.before)
-        found, engine = _differentiated(rerun, engine, batch, parameters, cotangents)
-    return {name: Dense(value, why) for name, value in found.items()}
+    each = _differentiated(rerun, engine, batch, parameters, cotangents)
+    _compare(rerun, batch, each.outputs, outputs)
+    return {name: Dense(value, why) for name, value in each.gradients.items()}
 
 
 def _alone(
@@ -103,8 +101,6 @@ def _alone(
 ) -> dict[str, Tensor]:
     variables = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with rerun.sources.preserved(), rerun.prepared() as run, torch.enable_grad():
-        if rerun.moment.moved:
-            rerun.sources.write(rerun.moment.before)
         outputs = run(_copies(batch.leaves), variables)
         if rerun.moment.moved and not rerun.sources.read().same(rerun.moment.after):
             raise Unreplayable("run again from the same random state, it draws another number of times")
@@ -112,11 +108,8 @@ def _alone(
         return backward([(out, c) for out, c in pairs if c is not None and out.requires_grad], variables)
 
 
-def _compare(
-    rerun: Rerun, engine: Engine, batch: Batch, parameters: Mapping[str, Tensor], outputs: Sequence[Tensor]
-) -> None:
+def _compare(rerun: Rerun, batch: Batch, alone: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Refuse another output than that of the forward: a branch that the whole batch decided on."""
-    alone = engine.outputs(rerun, batch, parameters)
     for one, known, dim in zip(alone, outputs, batch.dims.outputs, strict=False):
         if dim is not None and not agree(one, batch.rows(known, dim).movedim(dim, 0)):
             raise MixesExamples(
@@ -132,12 +125,13 @@ def _differentiated(
     batch: Batch,
     parameters: Mapping[str, Tensor],
     cotangents: Sequence[Tensor | None],
-) -> tuple[dict[str, Tensor], Engine]:
-    try:
-        return engine.gradients(rerun, batch, parameters, cotangents), engine
-    except (Unreplayable, Strayed):
-        raise
-    except (RuntimeError, TypeError, ValueError):
-        if engine is not VMAP:
+) -> Found:
+    with unpacked():
+        try:
+            return engine.gradients(rerun, batch, parameters, cotangents)
+        except (Unreplayable, Strayed):
             raise
-        return LOOP.gradients(rerun, batch, parameters, cotangents), LOOP  # a branch that vmap cannot take
+        except (RuntimeError, TypeError, ValueError):
+            if engine is not VMAP:
+                raise
+            return LOOP.gradients(rerun, batch, parameters, cotangents)  # a branch that vmap cannot take

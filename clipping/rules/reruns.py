@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clipping.module_state import Held, ModuleState
 from clipping.random_state import RandomState, Sources
+from clipping.rules.checkpoints import without_checkpoints
 from clipping.structures import Structure, flatten, unflatten
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -99,7 +100,8 @@ class Rerun:
             children.install(self.members)
             stateful = self.moment.state is not None or bool(self.moment.tensors)
             begun = ModuleState.of(self.members) if stateful else None
-            yield partial(self._run, children, begun)
+            with without_checkpoints():
+                yield partial(self._run, children, begun)
         finally:
             now.put_back()
 
@@ -110,6 +112,8 @@ class Rerun:
         leaves: Sequence[object],
         variables: Mapping[str, Tensor],
     ) -> list[Tensor]:
+        if self.moment.moved:
+            self.sources.write(self.moment.before)
         if begun is not None:
             begun.put_back()
             for place, tensor in self.moment.tensors:

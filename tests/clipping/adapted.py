@@ -79,18 +79,19 @@ BUILT = {
     "BOFT": other(peft.BOFTConfig, boft_block_size=4, target_modules=["q_proj"]),
     "layer norms": other(peft.LNTuningConfig, target_modules=["input_layernorm"]),
     "prefix tuning": other(peft.PrefixTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "prompt tuning": other(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "p-tuning": other(
+        peft.PromptEncoderConfig, task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=6
+    ),
+    "p-tuning by an LSTM": other(
+        peft.PromptEncoderConfig, task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=6,
+        encoder_reparameterization_type="LSTM", encoder_dropout=0.0,
+    ),
+    "LoHa": other(peft.LoHaConfig, r=2, target_modules=["q_proj"]),
+    "LoKr": other(peft.LoKrConfig, r=2, target_modules=["q_proj"]),
 }  # fmt: skip
 
 ADAPTED = {
     **{name: Subject(build, input_ids, tokens_loss, rtol=HALF) for name, build in BUILT.items()},
     "LoRA on Conv2d": Subject(convolved, lambda n: (torch.randn(n, 2, 5, 4, dtype=torch.float64),)),
-}
-
-REFUSED = {
-    "prompt tuning": other(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
-    "p-tuning": other(
-        peft.PromptEncoderConfig, task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=6
-    ),
-    "LoHa": other(peft.LoHaConfig, r=2, target_modules=["q_proj"]),
-    "LoKr": other(peft.LoKrConfig, r=2, target_modules=["q_proj"]),
 }
