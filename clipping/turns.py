@@ -2,7 +2,7 @@
 """Which forward calls a backward may still deliver from: those made since the last draw, each for one clipping.
 
 A backward sees rows, not examples. What can be known is kept here: examples of an earlier draw, and examples
-that were clipped once already (a retained graph, a backward cut in two), are not clipped into the sum again.
+that were clipped once already (a retained graph, a backward for each output), are not clipped into the sum again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Release inside the backward: a parameter is clipped whole, once, in one norm, whatever the graph looks like."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -118,42 +119,26 @@ def test_two_forwards_before_their_backwards():
     assert_close(recorder, by_loop(model, torch.cat((x, y)), clipper))
 
 
-def cut(model, x):
-    hidden = model[:2](x)
-    (back,) = torch.autograd.grad(squares(model[2:](hidden)).sum(), hidden)
-    hidden.backward(back)
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = deep(2), deep(2)
+
+    def forward(self, x):
+        self.hidden = self.a(x)
+        return self.b(self.hidden), self.hidden
 
 
 @pytest.mark.parametrize("kind", ["flat", "per_layer"])
-@pytest.mark.parametrize("how", ["retained", "cut by grad", "cut by inputs", "one output each"])
+@pytest.mark.parametrize("how", ["retained", "one output each"])
 def test_guarantee_one_forward_is_clipped_once(how, kind):
     # Each way sends parts of one example's gradient through two backwards, to be clipped in two norms.
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = deep(2), deep(2)
-
-        def forward(self, x):
-            self.hidden = self.a(x)
-            return self.b(self.hidden), self.hidden
-
     model, x = Whole(), data(B, D)
     with Recorder(model, clippers(model, 1.0)[kind]) as recorder:
         out, hidden = model(x)
         loss = squares(out).sum()
-        if how == "retained":
-            loss.backward(retain_graph=True)
-            again = loss.backward
-        elif how == "one output each":
-            loss.backward(retain_graph=True)
-            again = squares(hidden).sum().backward
-        elif how == "cut by grad":
-            (back,) = torch.autograd.grad(loss, hidden)
-            again = lambda: hidden.backward(back)  # noqa: E731
-        else:
-            hidden.retain_grad()
-            loss.backward(inputs=[hidden], retain_graph=True)
-            again = lambda: hidden.backward(hidden.grad)  # noqa: E731
+        loss.backward(retain_graph=True)
+        again = loss.backward if how == "retained" else squares(hidden).sum().backward
         before = {n: t.clone() for n, t in recorder.sums.totals.items()}
         with pytest.raises(
             RuntimeError, match="expected one backward through each forward of the model; got a second"
@@ -161,6 +146,38 @@ def test_guarantee_one_forward_is_clipped_once(how, kind):
             again()
     assert recorder.sizes == [B] and all(torch.equal(recorder.sums.totals[n], t) for n, t in before.items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["flat", "per_layer"])
+@pytest.mark.parametrize("how", ["grad", "inputs"])
+def test_a_backward_for_given_tensors_is_none_of_the_parameters(how, kind):
+    """As in torch, which forms no gradient of parameters then; the backward that goes on from there is the only one."""
+    model, x = Whole(), data(B, D)
+    clipper = clippers(model, 0.5)[kind]
+    gradients = []
+    for row in x:
+        plain = copy.deepcopy(model)
+        out, hidden = plain(row[None])
+        (back,) = torch.autograd.grad(squares(out).sum(), hidden, retain_graph=True)
+        hidden.backward(back)
+        zero = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
+        gradients.append(zero | {n: p.grad for n, p in plain.named_parameters() if p.grad is not None})
+    with Recorder(model, clipper) as recorder:
+        out, hidden = model(x)
+        if how == "grad":
+            (back,) = torch.autograd.grad(squares(out).sum(), hidden, retain_graph=True)
+        else:
+            hidden.retain_grad()
+            squares(out).sum().backward(inputs=[hidden], retain_graph=True)
+            back = hidden.grad
+        assert recorder.sizes == [] and not recorder.sums.totals
+        hidden.backward(back)
+    assert recorder.sizes == [B] and all(p.grad is None for p in model.parameters())
+    for name, value in clipped_by_hand(gradients, clipper).items():
+        if name.startswith("a."):
+            torch.testing.assert_close(recorder.total()[name], value)
+        else:
+            assert not value.any()
 
 
 def test_a_backward_inside_another_is_clipped_by_itself():
