@@ -26,12 +26,12 @@ from accountants.events import (
     Repeated,
     TruncatedPoisson,
     UnpricedEvent,
-    leaves,
 )
 from accountants.filter import BudgetExhausted, Filter, budget_filter, choose_order
 from accountants.group import GroupCurve, group
 from accountants.ledger import Ledger
 from accountants.ledger_bound import ledger_bound
+from accountants.nests import leaves
 from accountants.records import History, Record, charged, read, verify
 from accountants.registry import accountant
 from accountants.relations import ADD_REMOVE, RELATIONS, REPLACE, ZERO_OUT

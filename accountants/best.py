@@ -2,8 +2,9 @@
 """The tightest of the valid bounds, for parameters that were not chosen from outputs of the mechanism."""
 
 from accountants.curve import Accountant, Bound, check_delta
-from accountants.events import Event, charged_under, leaves
+from accountants.events import Event
 from accountants.feedback import FeedbackPricing
+from accountants.nests import charged_under, leaves
 from accountants.pld import PLD
 from accountants.prv import PRV
 from accountants.rdp import RDP

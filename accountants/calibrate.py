@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 
 from accountants.curve import Accountant, Curve, check_count, check_delta
-from accountants.events import Event, Gaussian, PoissonSampled, Repeated, shown
+from accountants.events import Event, Gaussian, PoissonSampled, Repeated
+from accountants.nests import shown
 from accountants.registry import accountant as named
 from accountants.relations import ADD_REMOVE
 

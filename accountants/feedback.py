@@ -46,7 +46,8 @@ from dataclasses import dataclass, replace
 
 from accountants.curve import Accountant, Bound, Curve, check_count, check_delta, check_epsilon
 from accountants.energies import Chain, Runs, chained_delta, chained_epsilon, mixture
-from accountants.events import Composed, Event, Gaussian, HiddenFeedback, PoissonSampled, Repeated, leaves
+from accountants.events import Composed, Event, Gaussian, HiddenFeedback, PoissonSampled, Repeated
+from accountants.nests import leaves
 from accountants.relations import REPLACE, require_charged_under
 
 HIDDEN_FEEDBACK = "hidden feedback: the clipped gradient is amplified by sampling, what is fed back is not"

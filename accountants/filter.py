@@ -39,16 +39,13 @@ One filter is one budget. On a ledger, the rule is the ledger's: all filters mad
 charges count in it and are held to it (`accountants.ledger`).
 """
 
-import os
-import threading
 from collections.abc import Iterable, Mapping
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from accountants.closed import total_mu
 from accountants.curve import Accountant, Bound
-from accountants.event_data import require_small
 from accountants.events import Event
 from accountants.filter_rule import (
     ADAPTIVE_SCHEDULE,
@@ -68,8 +65,7 @@ from accountants.ledger_bound import ledger_bound
 from accountants.rdp import ORDERS
 from accountants.records import Scalar
 from accountants.relations import ADD_REMOVE, check_relation, priced, require_charged_under
-from accountants.spending import Spending
-from accountants.storage import LedgerLocked
+from accountants.spending import Book, Memory
 
 __all__ = ["ADAPTIVE_SCHEDULE", "BudgetExhausted", "Filter", "budget_filter", "choose_order"]
 
@@ -93,7 +89,7 @@ class Filter:
     def __init__(self, rule: Rule, ledger: Ledger | None) -> None:
         self.epsilon, self.delta = rule.epsilon, rule.delta
         self._rule, self._ledger = rule, ledger
-        self._book: _Book = _Memory(rule) if ledger is None else ledger
+        self._book: Book = Memory(rule) if ledger is None else ledger
         if ledger is not None:
             ledger.govern(rule)
 
@@ -199,39 +195,6 @@ class Filter:
         if self._ledger is None:
             return self._rule.bound(delta)
         return ledger_bound(self._ledger, self.delta if delta is None else delta)
-
-
-class _Book(Protocol):
-    """What keeps the charges: a ledger, or memory."""
-
-    @property
-    def spending(self) -> Spending: ...
-
-    def charge(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> object: ...
-
-
-class _Memory:
-    """Charges that are kept by this process alone."""
-
-    __slots__ = ("_mutex", "_pid", "spending")
-
-    def __init__(self, rule: Rule) -> None:
-        self.spending = Spending(rule)
-        self._mutex, self._pid = threading.Lock(), os.getpid()
-
-    def charge(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> None:
-        if self._pid != os.getpid():
-            raise LedgerLocked(
-                f"a filter must be spent by the process that made it, {self._pid}; got {os.getpid()}, whose copy would "
-                "spend the budget again; spend in the parent"
-            )
-        rule = self.spending.rule
-        assert rule is not None
-        require_charged_under(event, rule.relation)
-        require_small(event)
-        with self._mutex:
-            self.spending.require_room(event)
-            self.spending.add(event)
 
 
 def budget_filter(

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accountants.curve import Bound, check_delta
-from accountants.events import Event, Gaussian, UnpricedEvent, shown
+from accountants.events import Event, Gaussian, UnpricedEvent
 from accountants.gaussian import gaussian_delta, gaussian_epsilon, smallest
+from accountants.nests import shown
 from accountants.rdp import ORDERS, RDP
 from accountants.relations import RELATIONS, check_relation, priced
 

@@ -58,10 +58,9 @@ from accountants.events import (
     PoissonSampled,
     TruncatedPoisson,
     UnpricedEvent,
-    charged_under,
-    leaves,
 )
 from accountants.loss import FIXED, POISSON, SHIFTED, Step
+from accountants.nests import charged_under, leaves
 
 ADD_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
 

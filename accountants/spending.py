@@ -2,12 +2,21 @@
 """What has been charged so far, and whether the rule of a filter has room for more: the memory of a ledger."""
 
 import math
+import os
+import threading
 from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
-from accountants.events import Composed, Event, Repeated, shown
+from accountants.event_data import require_small
+from accountants.events import Composed, Event, Repeated
 from accountants.filter_rule import Array, BudgetExhausted, Rule
+from accountants.nests import shown
+from accountants.records import Scalar
+from accountants.relations import require_charged_under
+from accountants.storage import LedgerLocked
 
 MANY = 10**9
 """What counts as no end of charges."""
@@ -99,3 +108,41 @@ class Spending:
     def left(self) -> float:
         """Return the part of the budget that is left, in [0, 1]; 1 where nothing governs."""
         return 1.0 if self._rule is None else self._rule.left(self._totals)
+
+
+class Book(Protocol):
+    """What keeps charges for a filter: a ledger, or this process's memory."""
+
+    @property
+    def spending(self) -> Spending:
+        """What was charged so far."""
+        ...
+
+    def charge(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> object:
+        """Keep a charge, or raise `BudgetExhausted`."""
+        ...
+
+
+class Memory:
+    """Charges that the process which made them keeps, under a lock; a fork has none of its own."""
+
+    __slots__ = ("_mutex", "_pid", "spending")
+
+    def __init__(self, rule: Rule) -> None:
+        self.spending = Spending(rule)
+        self._mutex, self._pid = threading.Lock(), os.getpid()
+
+    def charge(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> None:
+        """Count `event`, or raise `BudgetExhausted`; the context is not kept."""
+        if self._pid != os.getpid():
+            raise LedgerLocked(
+                f"a filter must be spent by the process that made it, {self._pid}; got {os.getpid()}, whose copy would "
+                "spend the budget again; spend in the parent"
+            )
+        rule = self.spending.rule
+        assert rule is not None
+        require_charged_under(event, rule.relation)
+        require_small(event)
+        with self._mutex:
+            self.spending.require_room(event)
+            self.spending.add(event)

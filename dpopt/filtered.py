@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accountants import BudgetExhausted, Event, Filter, Ledger, Record, budget_filter
-from accountants.events import shown
 from accountants.filter_rule import check_budget
+from accountants.nests import shown
 from dpopt.estimators.prices import Prices
 from dpopt.rounds import Rounds
 
