@@ -27,8 +27,8 @@ from clipping.compiled import HOOK_GUARDS, untraced
 from clipping.delivery import (
     batch_first,
     check_batch,
+    check_rows,
     only,
-    refuse_flat_indices,
     refuse_opaque,
     refuse_rounded,
     told_of_vmap,
@@ -39,10 +39,13 @@ from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
+from clipping.meetings import Meeting
 from clipping.precision import exact_products
 from clipping.rules.generic import BatchDims, Independence, generic, is_floating
 from clipping.rules.registry import Inputs
-from clipping.tap import Autocast, Call, Record, Refusal, Tap, refuse_taped
+from clipping.shared_calls import SharedCall, gradients_at
+from clipping.shares import Shares
+from clipping.tap import Autocast, Call, Point, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
 
 _TENSOR = object()
@@ -71,7 +74,8 @@ class Tape:
         self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.layers = recorded_layers(model)
         self._begin = begin
-        self._calls: dict[str, WeakSet[Call]] = {name: WeakSet() for name in self.parameters}
+        self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
+        self._shares = Shares(model, self.parameters)
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         self._hooks: list[RemovableHandle] = []
@@ -119,6 +123,7 @@ class Tape:
             hook.remove()
         self._hooks.clear()
         self._frames.unwind()
+        self._shares.unwind()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -174,11 +179,18 @@ class Tape:
         self._root_dims = 0 if first is None else first.dim()
         self._in_root = True
         self._origin = self.turns.origin()
+        if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
+            self._shares.begin(self._batch_hint, self._origin, self._arrive, self._register)
+
+    def _register(self, meeting: Meeting) -> None:
+        for name in meeting.names:
+            self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
         if module is self.model:
             self._in_root = False
             self._origin = None
+            self._shares.end()
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._folds.note(block, args, kwargs)
@@ -190,35 +202,20 @@ class Tape:
         if layer is None or layer.module is not module:  # a copy of the model
             return None
         recording = torch.is_grad_enabled() and not self._rerunning
-        if not self._frames.begin(layer, recording, self.parameters) or self._paused:
-            return None
-        return self._expanded(layer, args, kwargs)
-
-    def _expanded(
-        self, layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        # Position ids of shape (1, T) stand for every example: expanded, their gradient arrives per example.
-        if layer.rule is None or not isinstance(layer.module, nn.Embedding):
-            return None
-        # Outside the model's own forward nothing is known of the batch, but for recomputed checkpoints.
-        known = self._in_root or torch._C._current_graph_task_id() != -1
-        hint, dim = self._batch_hint if known else None, self.batch_dim
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        first = Inputs(args, kwargs).first
-        refuse_flat_indices(layer, first, self._root_dims if known else 0, dim)
-        if hint is None or first.dim() < 2 or first.shape[dim] != 1:
-            return None
-        size = [-1] * first.dim()
-        size[dim] = hint
-        return pytree.tree_unflatten([first.expand(size) if x is first else x for x in leaves], spec)
+        with torch._C.DisableTorchFunction():
+            if not self._frames.begin(layer, recording, self.parameters) or self._paused:
+                return None
+        self._shares.detached(layer)
+        return None
 
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
-        layer = self._frames.end(module)
-        if layer is None or outputs is None or self._paused:
-            return None
-        return self._tapped(layer, Inputs(args, kwargs), outputs)
+        with torch._C.DisableTorchFunction():  # what the tape does is no part of the forward that is followed
+            layer = self._frames.end(module)
+            if layer is None or outputs is None or self._paused:
+                return None
+            return self._tapped(layer, Inputs(args, kwargs), outputs)
 
     def _tapped(self, layer: Layer, inputs: Inputs, outputs: object) -> object:
         out_leaves, out_spec = pytree.tree_flatten(outputs)
@@ -230,6 +227,13 @@ class Tape:
         if not floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
+        autocast = Autocast.of(floating[0].device.type)
+        shared = self._shares.handed_out(layer, inputs, floating, autocast, in_backward)
+        if isinstance(shared, list):
+            supply = iter(shared)
+            return pytree.tree_unflatten(
+                [next(supply) if is_floating(x) else x for x in out_leaves], out_spec
+            )
         in_leaves, in_spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
         fold = self._folds.of(layer, detached)
         if layer.rule is None:
@@ -237,9 +241,13 @@ class Tape:
                 dims = self._independence.of(layer.module, layer.name, inputs, detached)
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
-        autocast = Autocast.of(floating[0].device.type)
         origin = self._origin or self.turns.origin()
-        call = Call(self._deliver, layer, in_spec, constants, dims, autocast, in_backward, fold, origin)
+        spread = None
+        if shared is not None:
+            spread, floating = floating[0].shape, [shared]
+        call = Call(
+            self._deliver, layer, in_spec, constants, dims, autocast, in_backward, fold, origin, spread
+        )
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
@@ -253,17 +261,21 @@ class Tape:
         with self._lock:
             self._take(call, saved, grads)
 
-    def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+    def _arrive(self, meeting: Meeting, grad: Tensor) -> None:
+        """Take the gradient, by rows, of a value that serves all examples."""
+        with self._lock:
+            record = self._record(meeting.origin, meeting.names[0])
+            refuse_rounded(meeting.names[0], (grad,), mean=self._mean)
+            check_rows(record, meeting.names[0], meeting.place.rows, grad)
+            found = gradients_at(meeting, grad, self._again) if record.num_examples else {}
+            record.take(meeting, meeting.names, found)
+
+    def _record(self, origin: Origin, name: str) -> Record:
+        """That of the running backward."""
         if self._paused:
             raise RuntimeError(
-                f"expected nothing to record while paused; got a backward through layer {call.layer.name!r}, which ran "
+                f"expected nothing to record while paused; got a backward through {name!r}, which ran "
                 "before the pause; run the model inside the same paused() block as the backward"
-            )
-        if call.in_backward:
-            raise RuntimeError(
-                f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
-                "checkpointing, which hides layers from the record; use use_reentrant=False (in transformers: "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
             )
         task = torch._C._current_graph_task_id()
         record = self._records.get(task)
@@ -271,13 +283,38 @@ class Tape:
             # Only the callback holds the record: a backward that raises drops both.
             record = self._records[task] = Record(self._begin, self._calls, self._lock)
             torch.autograd.Variable._execution_engine.queue_callback(record.complete)
-        self.turns.require(call.origin, record.unit)
-        refuse_rounded(call.layer, grads, mean=self._mean)
+        self.turns.require(origin, record.unit)
+        return record
+
+    def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+        if call.in_backward:
+            raise RuntimeError(
+                f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
+                "checkpointing, which hides layers from the record; use use_reentrant=False (in transformers: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
+            )
+        record = self._record(call.origin, call.layer.name)
+        refuse_rounded(call.layer.name, grads, mean=self._mean)
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        found = self._apply_rule(record, call, Inputs(args, kwargs), grads)
-        record.take(call, {call.layer.names[local]: value for local, value in found.items()})
+        names = call.layer.names
+        if call.spread is not None:
+            found = self._apply_spread(record, call, Inputs(args, kwargs), only(call.layer, grads))
+        else:
+            local = self._apply_rule(record, call, Inputs(args, kwargs), grads)
+            found = {names[name]: value for name, value in local.items()}
+        record.take(call, names.values(), found)
+
+    def _apply_spread(
+        self, record: Record, call: Call, inputs: Inputs, grad: Tensor
+    ) -> dict[str, SampleGrads]:
+        assert call.spread is not None
+        check_rows(record, call.layer.name, grad.shape[0], grad)
+        if not record.num_examples:
+            return {}
+        shared = SharedCall(call.layer, inputs, (), (call.spread,), call.autocast)
+        return shared.gradients([grad.reshape(grad.shape[0], *call.spread)], self._again)
 
     def _apply_rule(
         self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
@@ -300,12 +337,17 @@ class Tape:
                 check_batch(record, layer, grad, dim)
         if not record.num_examples:
             return {}
-        self._rerunning = True  # the generic rule runs the module again: that run is not a use of it
+        with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
+            if layer.rule is None:
+                return generic(layer.module, inputs, grads, dims)
+            found = layer.rule.function(layer.module, inputs, grads)
+            return understood(layer, found, record.num_examples)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Runs a module again: that run is not a use of it."""
+        known, self._rerunning = self._rerunning, True
         try:
-            with torch.autocast(*call.autocast, cache_enabled=False):
-                if layer.rule is None:
-                    return generic(layer.module, inputs, grads, dims)
-                found = layer.rule.function(layer.module, inputs, grads)
-                return understood(layer, found, record.num_examples)
+            yield
         finally:
-            self._rerunning = False
+            self._rerunning = known
