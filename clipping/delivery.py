@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from clipping.layers import Layer
 from clipping.rules.generic import is_floating
 from clipping.rules.registry import Inputs
-from clipping.tap import Record
 
 
 def batch_first(inputs: Inputs, grad: Tensor, batch_dim: int) -> tuple[Inputs, Tensor]:
@@ -58,24 +57,6 @@ def only(layer: Layer, grads: tuple[Tensor | None, ...]) -> Tensor:
             f"got {len(grads)}; give its rule batch_dims, and it takes a gradient or None for each output"
         )
     return grad
-
-
-def check_batch(record: Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
-    """Raise ValueError unless `grad` has as many rows as the other layers of this backward saw."""
-    check_rows(record, layer.name, grad.shape[dim] if dim is not None and grad.dim() > dim else 0, grad)
-
-
-def check_rows(record: Record, name: str, rows: int, shown: Tensor) -> None:
-    """Raise ValueError unless `rows` is the number of examples that the other layers of this backward saw."""
-    if record.num_examples is None:
-        record.num_examples = rows
-    if rows != record.num_examples:
-        raise ValueError(
-            f"expected every layer to see the batch in one dimension ({record.num_examples} examples); got "
-            f"{rows} rows at {name or 'model'!r} (output {tuple(shown.shape)}); do not fold positions "
-            "into the batch or send a selection of rows to a layer (an expert takes all rows, and zero weights), and "
-            "give positions the shape (1, T) or (B, T)"
-        )
 
 
 def refuse_opaque(layer: Layer, leaves: list[object]) -> None:

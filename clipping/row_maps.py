@@ -32,15 +32,17 @@ CYCLES = "cycles"
 class RowMap:
     """To which of `num_examples` examples each of `num_rows` rows belongs.
 
-    `order` is BLOCKS, CYCLES, or the rows (B, M) of each example, `num_rows` standing for none.
+    `order` is BLOCKS, CYCLES, or the rows (B, M) of each example, `num_rows` standing for none. The rows are those of the
+    first `depth` dimensions taken together: where a layer sees (T, B, D), each position of each example is a row.
     """
 
     num_examples: int
     num_rows: int
     order: str | Tensor
+    depth: int = 1
 
     @staticmethod
-    def of_owners(owners: Tensor, num_examples: int) -> RowMap:
+    def of_owners(owners: Tensor, num_examples: int, depth: int = 1) -> RowMap:
         """That of rows with these owners (N,), -1 for rows of nobody."""
         num_rows = len(owners)
         counts = torch.bincount(owners[owners >= 0], minlength=num_examples)
@@ -51,7 +53,14 @@ class RowMap:
         rows = torch.full((num_examples, most), num_rows, dtype=torch.long, device=owners.device)
         mine = owners[picked]
         rows[mine, torch.arange(len(picked), device=owners.device) - first[mine]] = picked
-        return RowMap(num_examples, num_rows, rows)
+        return RowMap(num_examples, num_rows, rows, depth)
+
+    @property
+    def num_most(self) -> int:
+        """M."""
+        if isinstance(self.order, Tensor):
+            return self.order.shape[1]
+        return self.num_rows // max(1, self.num_examples)
 
     def owners(self, device: torch.device) -> Tensor:
         """(N,): the example of each row, -1 where it has none."""
@@ -76,6 +85,10 @@ class RowMap:
         assert isinstance(self.order, Tensor)
         padded = torch.cat((values, values.new_zeros(1, *values.shape[1:])))
         return padded[self.order.to(values.device)]
+
+    def flat(self, value: object) -> object:
+        """A tensor with its rows in one dimension."""
+        return value.flatten(0, self.depth - 1) if isinstance(value, Tensor) and self.depth > 1 else value
 
     def summed(self, values: Tensor) -> Tensor:
         """(B, ...): the sum over the rows of each example."""

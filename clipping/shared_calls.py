@@ -180,7 +180,7 @@ def gradients(
 ) -> dict[str, SampleGrads]:
     """Gradients by canonical name of what `value` was made of; `parts` are its own, (b, ...) for b examples each."""
     edges = [edge for source in sources for edge in source.edges]
-    pieces = [_backwards(value, edges, part) for part in parts]
+    pieces = [_backwards(value, edges, part.to(value.dtype)) for part in parts]
     joint = [_joint(some) for some in zip(*pieces, strict=True)]
     found: dict[str, SampleGrads] = {}
     for source in sources:
@@ -190,12 +190,15 @@ def gradients(
     return found
 
 
-def gradients_at(meeting: Meeting, grad: Tensor, again: Again) -> dict[str, SampleGrads]:
-    """Gradients by canonical name of what a shared value was made of, from its gradient by rows where it met them."""
+def gradients_at(meeting: Meeting, grad: Tensor, rows: RowMap | None, again: Again) -> dict[str, SampleGrads]:
+    """Gradients by canonical name of what a shared value was made of, from its gradient by rows where it met them.
+
+    `rows` tells whose the rows are, None that each is an example.
+    """
     sources = list(meeting.sources)
     if meeting.place.kind != "aligned":
-        return gradients(meeting.value, sources, [grad], again)
-    rows = RowMap(grad.shape[0], grad.shape[0], BLOCKS)
+        return gradients(meeting.value, sources, [grad if rows is None else rows.summed(grad)], again)
+    rows = rows or RowMap(grad.shape[0], grad.shape[0], BLOCKS)
     return gradients(meeting.value, sources, list(chunks_of_rows(grad, rows)), again)
 
 

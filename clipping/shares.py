@@ -275,8 +275,15 @@ class Shares:
         """Follow the next forward."""
         self._due = True
 
-    def begin(self, rows: int, origin: Origin, take: Deliver, register: Callable[[Meeting], None]) -> None:
-        """A forward of the model begins on so many rows."""
+    def begin(
+        self,
+        rows: int,
+        given: Sequence[Tensor],
+        origin: Origin,
+        take: Deliver,
+        register: Callable[[Meeting], None],
+    ) -> None:
+        """A forward of the model begins on so many rows of the tensors that it is `given`."""
         self.unwind()
         self._numbers.clear()
         self._made.clear()
@@ -284,6 +291,8 @@ class Shares:
         self._inside = True
         if self._due or self._always:
             forward = Forward(rows, self._parameters, self._constants, origin, take, register)
+            for value in given:
+                forward.values.note(value, known=False)
             forward.values.__enter__()
             self.forward = forward
 

@@ -13,9 +13,9 @@ Shapes: B examples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from clipping.attribution import Attribution, regrouped, rows_of
 from clipping.compiled import HOOK_GUARDS, untraced
 from clipping.delivery import (
     batch_first,
-    check_batch,
-    check_rows,
     only,
     refuse_opaque,
     refuse_rounded,
@@ -41,6 +40,7 @@ from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
 from clipping.meetings import Meeting
 from clipping.precision import exact_products
+from clipping.row_maps import RowMap
 from clipping.rules.generic import BatchDims, Independence, generic, is_floating
 from clipping.rules.registry import Inputs
 from clipping.shared_calls import SharedCall, gradients_at
@@ -76,6 +76,7 @@ class Tape:
         self._begin = begin
         self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
         self._shares = Shares(model, self.parameters)
+        self._attribution = Attribution()
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         self._hooks: list[RemovableHandle] = []
@@ -141,6 +142,28 @@ class Tape:
         """Whether calls are not recorded now."""
         return self._paused
 
+    def doubt(self) -> None:
+        """Look again at what serves all examples, and at whose the rows are."""
+        self._shares.doubt()
+        self._attribution.doubt()
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
+        return self._attribution.asking
+
+    def attribute(
+        self, gates: Sequence[Any], num_examples: int, grads: Sequence[Tensor] | None = None
+    ) -> None:
+        """Find out whose the rows of layers are, where they are not the examples; see `clipping.attribution`.
+
+        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,). `grads` are sent back
+        from them; where they are left out, ones.
+        """
+        if self.batch_dim == 0 and not self._paused:
+            sent = [torch.ones_like(gate) for gate in gates] if grads is None else grads
+            self._attribution.attribute(gates, sent, num_examples)
+
     def __enter__(self) -> Tape:
         """Attach."""
         return self.attach()
@@ -180,9 +203,10 @@ class Tape:
         self._in_root = True
         self._origin = self.turns.origin()
         if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
-            self._shares.begin(self._batch_hint, self._origin, self._arrive, self._register)
+            self._shares.begin(self._batch_hint, tensors, self._origin, self._arrive, self._register)
 
     def _register(self, meeting: Meeting) -> None:
+        self._attribution.note(meeting, meeting.place.rows)
         for name in meeting.names:
             self._calls[name].add(meeting)
 
@@ -236,7 +260,7 @@ class Tape:
             )
         in_leaves, in_spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
         fold = self._folds.of(layer, detached)
-        if layer.rule is None:
+        if layer.rule is None and shared is None:
             with told_of_vmap(layer):
                 dims = self._independence.of(layer.module, layer.name, inputs, detached)
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
@@ -248,6 +272,7 @@ class Tape:
         call = Call(
             self._deliver, layer, in_spec, constants, dims, autocast, in_backward, fold, origin, spread
         )
+        self._attribution.note(call, rows_of(call, floating, self.batch_dim))
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
@@ -258,16 +283,19 @@ class Tape:
     # -- backward ---------------------------------------------------------------------------------------
 
     def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        with self._lock:
-            self._take(call, saved, grads)
+        if not self.is_asking:
+            with self._lock:
+                self._take(call, saved, grads)
 
     def _arrive(self, meeting: Meeting, grad: Tensor) -> None:
         """Take the gradient, by rows, of a value that serves all examples."""
+        if self.is_asking:
+            return
         with self._lock:
             record = self._record(meeting.origin, meeting.names[0])
             refuse_rounded(meeting.names[0], (grad,), mean=self._mean)
-            check_rows(record, meeting.names[0], meeting.place.rows, grad)
-            found = gradients_at(meeting, grad, self._again) if record.num_examples else {}
+            rows = self._attribution.rows(record, meeting, meeting.place.rows)
+            found = gradients_at(meeting, grad, rows, self._again) if record.num_examples else {}
             record.take(meeting, meeting.names, found)
 
     def _record(self, origin: Origin, name: str) -> Record:
@@ -310,9 +338,10 @@ class Tape:
         self, record: Record, call: Call, inputs: Inputs, grad: Tensor
     ) -> dict[str, SampleGrads]:
         assert call.spread is not None
-        check_rows(record, call.layer.name, grad.shape[0], grad)
+        rows = self._attribution.rows(record, call, grad.shape[0])
         if not record.num_examples:
             return {}
+        grad = grad if rows is None else rows.summed(grad)
         shared = SharedCall(call.layer, inputs, (), (call.spread,), call.autocast)
         return shared.gradients([grad.reshape(grad.shape[0], *call.spread)], self._again)
 
@@ -324,24 +353,37 @@ class Tape:
             inputs, grads = call.fold.unfolded(inputs, grads)
         if dims is None:
             inputs, grad = batch_first(inputs, only(layer, grads), self.batch_dim)
-            check_batch(record, layer, grad, 0)
             assert layer.rule is not None
+            rows = self._attribution.rows(record, call, grad.shape[0], grad.shape)
             # An empty batch has no gradients, and rules could not tell its other dimensions.
-            if not record.num_examples:
+            if not grad.shape[0]:
                 return {}
+            if rows is not None and rows.depth > 1:
+                grad = grad.flatten(0, 1)
+                inputs = Inputs(*pytree.tree_map(rows.flat, (inputs.args, dict(inputs.kwargs))))
+            num_rows = grad.shape[0]
             with exact_products():
                 found = layer.rule.function(layer.module, inputs, grad)
-            return understood(layer, found, record.num_examples)
-        for grad, dim in zip(grads, dims.outputs, strict=True):
-            if grad is not None:
-                check_batch(record, layer, grad, dim)
-        if not record.num_examples:
+            return regrouped(understood(layer, found, num_rows), rows)
+        num_rows, rows = self._rows(record, call, grads, dims.outputs)
+        if not num_rows:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
             if layer.rule is None:
-                return generic(layer.module, inputs, grads, dims)
+                return regrouped(generic(layer.module, inputs, grads, dims), rows)
             found = layer.rule.function(layer.module, inputs, grads)
-            return understood(layer, found, record.num_examples)
+            return regrouped(understood(layer, found, num_rows), rows)
+
+    def _rows(
+        self, record: Record, call: Call, grads: Sequence[Tensor | None], dims: Sequence[int | None]
+    ) -> tuple[int, RowMap | None]:
+        """The rows of the output gradients, 0 for an empty batch, and whose they are."""
+        found: tuple[int, RowMap | None] = 0, None
+        for grad, dim in zip(grads, dims, strict=True):
+            if grad is not None:
+                num_rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
+                found = num_rows, self._attribution.rows(record, call, num_rows)
+        return found
 
     @contextmanager
     def _again(self) -> Iterator[None]:

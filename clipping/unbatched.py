@@ -4,8 +4,12 @@
 Positions, relative biases, prompts and learned queries are such values. What is asked of them is not their shape,
 where the length of a sequence may be the size of the batch, but what they were made of.
 
-Known are parameters, buffers, tensors that modules held when the tape was attached, what factories make, and what is
-made of these. Everything else, also what was never seen being made, counts as made from examples.
+Known are parameters, buffers, tensors that modules held when the tape was attached, what factories make, what is made of
+these, and integers that were there before (tables of positions are cached in many places). Everything else, also what
+was never seen being made, counts as made from examples.
+
+To take examples for constants costs time, not privacy: where the value that they entered meets other examples, its
+gradient is split by the rows of the result all the same. To take constants for examples would be a fault.
 
 Shapes: B examples.
 """
@@ -101,13 +105,14 @@ class Unbatched(TorchFunctionMode):
         self._before = constants.now()
         self._known = dict(self._before)
         self._sources: dict[int, tuple[Tensor, frozenset[Any]]] = {}
+        self._entered: dict[int, Tensor] = {}
         self._written: set[int] = set()
         self._follower = follower
 
     def is_known(self, value: Tensor) -> bool:
         """Whether no example entered `value`."""
         if id(value) not in self._known:
-            return False
+            return _is_integer(value) and id(value) not in self._entered
         return not self._written or value.untyped_storage().data_ptr() not in self._written
 
     def sources(self, value: Tensor) -> frozenset[Any]:
@@ -122,6 +127,8 @@ class Unbatched(TorchFunctionMode):
             self._known[id(value)] = value
         else:
             self._known.pop(id(value), None)
+            if _is_integer(value):
+                self._entered[id(value)] = value
         if sources:
             self._sources[id(value)] = (value, sources)
         else:
@@ -132,6 +139,7 @@ class Unbatched(TorchFunctionMode):
         self._constants.keep(self._known, self._before)
         self._known.clear()
         self._sources.clear()
+        self._entered.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -210,6 +218,10 @@ class Unbatched(TorchFunctionMode):
             known=known,
             sources=(sources | self.sources(target)) if target.requires_grad else frozenset(),
         )
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _replaced(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
