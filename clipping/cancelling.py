@@ -54,6 +54,9 @@ def _select(grads: Any, index: Tensor) -> Any:
     """The gradients of the examples `index`, in float64."""
     if isinstance(grads, Sum):
         return Sum(tuple(_select(part, index) for part in grads.parts))
+    if isinstance(grads, Convolved):
+        rows = index.unsqueeze(1) * grads.repeats + torch.arange(grads.repeats, device=index.device)
+        index = rows.flatten()
     found: dict[str, Any] = {}
     for field in fields(grads):
         value = getattr(grads, field.name)

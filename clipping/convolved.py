@@ -12,7 +12,7 @@ D = C / K * kernel elements.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -103,38 +103,52 @@ def split_gradient(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Convolved:
-    """Gradients of a convolution's weight of shape `shape`: input (B, C, ...), output gradient (B, K P, ...)."""
+    """Gradients of a convolution's weight of shape `shape`: input (B R, C, ...), output gradient (B R, K P, ...).
+
+    R `repeats` lie one after another for each example: the frames of a film, say.
+    """
 
     values: Tensor
     grad: Tensor
     shape: torch.Size
     geometry: Geometry
+    repeats: int = 1
 
     @property
     def num_examples(self) -> int:
         """B."""
-        return self.values.shape[0]
+        return self.values.shape[0] // self.repeats
 
     def sizes(self) -> Sizes:
         """What decides on the path to norm and sum."""
-        num_groups, num_positions = self.geometry.groups, self.grad.shape[2:].numel()
-        held = self.values.shape[1:].numel() + self.grad.shape[1:].numel()
+        num_groups, num_positions = self.geometry.groups, self.repeats * self.grad.shape[2:].numel()
+        held = self.repeats * (self.values.shape[1:].numel() + self.grad.shape[1:].numel())
         return Sizes(num_groups, num_positions, self.shape[0] // num_groups, self.shape[1:].numel(), held)
 
     def outer(self) -> Outer:
         """The same gradients as outer products over output positions, patches formed."""
         left = self.grad.flatten(2).unflatten(1, (self.geometry.groups, -1)).mT
-        return Outer(left, patches(self.values, self.geometry), self.shape)
+        right = patches(self.values, self.geometry)
+        if self.repeats > 1:
+            left, right = (self._apart(x).transpose(1, 2).flatten(2, 3) for x in (left, right))
+        return Outer(left, right, self.shape)
+
+    def _apart(self, values: Tensor) -> Tensor:
+        """(B, R, ...) from (B R, ...)."""
+        return values.unflatten(0, (-1, self.repeats)) if self.repeats > 1 else values.unsqueeze(1)
+
+    def _beside(self, values: Tensor) -> Tensor:
+        """(R, B C, ...): the examples as groups of channels."""
+        return self._apart(values).transpose(0, 1).flatten(1, 2)
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
         num_examples = self.num_examples
         if self.shape[1] < MIN_CHANNELS or num_examples == 0:
             return self.outer().dense()
-        values, grad = widen(self.values), widen(self.grad)
         found = split_gradient(
-            values.reshape(1, -1, *values.shape[2:]),
-            grad.reshape(1, -1, *grad.shape[2:]),
+            self._beside(widen(self.values)),
+            self._beside(widen(self.grad)),
             torch.Size((num_examples * self.shape[0], *self.shape[1:])),
             self.geometry,
             num_examples * self.geometry.groups,
@@ -168,7 +182,7 @@ class Convolved:
         """(B,): most by which rounding moves the gradients as they are formed; no fast algorithm is foreseen."""
         sizes = self.grad.shape[2:]
         rows, row = sizes[0], max(1, sizes[1:].numel())
-        longest = min(max(LONG, row), rows * row)
+        longest = self.repeats * min(max(LONG, row), rows * row)
         count = ROUNDING + longest / 2 + max(0, rows - 1).bit_length() / 2
         terms = self._terms()
         return epsilons(count, terms.dtype) * terms
@@ -182,17 +196,21 @@ class Convolved:
         if per_example(direction, self.shape):
             groups *= self.num_examples
             weight = weight.reshape(-1, *self.shape[1:])
-            values = values.reshape(1, -1, *values.shape[2:])
+            values, grad = self._beside(values), self._beside(grad)
         _, stride, padding, dilation, _ = self.geometry
         moved = torch.convolution(
             values, weight, None, stride, padding, dilation, False, [0] * len(stride), groups
         )
-        return (moved.reshape(grad.shape) * grad).flatten(1).sum(1)
+        found = moved * grad
+        if per_example(direction, self.shape):
+            return found.unflatten(1, (self.num_examples, -1)).transpose(0, 1).flatten(1).sum(1)
+        return self._apart(found).flatten(1).sum(1)
 
     def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
         """(*shape), as the ordinary gradient of the weight, output gradients scaled."""
         values, grad = widen(self.values), widen(self.grad)
-        scaled = grad * weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+        weights = weights.to(grad.dtype).repeat_interleave(self.repeats)
+        scaled = grad * weights.view(-1, *[1] * (grad.dim() - 1))
         if self.num_examples == 0:
             return torch.zeros(self.shape, dtype=grad.dtype, device=grad.device) if into is None else into
         total = split_gradient(values, scaled, self.shape, self.geometry, self.geometry.groups)
@@ -200,11 +218,14 @@ class Convolved:
 
     def masked(self, keep: Tensor) -> Convolved:
         """Gradients of examples outside `keep` set to zero."""
-        return Convolved(kept(self.values, keep), kept(self.grad, keep), self.shape, self.geometry)
+        keep = keep.repeat_interleave(self.repeats)
+        return replace(self, values=kept(self.values, keep), grad=kept(self.grad, keep))
 
     def part(self, examples: slice) -> Convolved:
         """Gradients of a slice of the batch."""
-        return Convolved(self.values[examples], self.grad[examples], self.shape, self.geometry)
+        start, stop, _ = examples.indices(self.num_examples)
+        rows = slice(start * self.repeats, stop * self.repeats)
+        return replace(self, values=self.values[rows], grad=self.grad[rows])
 
     def rounding(self) -> Tensor:
         """(B,): relative to |output gradient| |patches|."""
@@ -213,4 +234,4 @@ class Convolved:
     def _terms(self) -> Tensor:
         # A patch holds an input number at most once for each element of the kernel.
         repeats = math.sqrt(math.prod(self.geometry.kernel))
-        return repeats * row_norm(self.values) * row_norm(self.grad)
+        return repeats * row_norm(self._apart(self.values)) * row_norm(self._apart(self.grad))

@@ -17,7 +17,6 @@ from clipping.layers import Layer
 from clipping.rules.generic import is_floating
 from clipping.rules.registry import Inputs
 from clipping.structures import flatten
-from clipping.tap import Record
 
 
 def batch_first(inputs: Inputs, grad: Tensor, batch_dim: int) -> tuple[Inputs, Tensor]:
@@ -43,24 +42,6 @@ def only(layer: Layer, grads: tuple[Tensor | None, ...]) -> Tensor:
             f"got {len(grads)}; give its rule batch_dims, and it takes a gradient or None for each output"
         )
     return grad
-
-
-def check_batch(record: Record, layer: Layer, grad: Tensor, dim: int | None) -> None:
-    """Raise ValueError unless `grad` has as many rows as the other layers of this backward saw."""
-    check_rows(record, layer, grad.shape[dim] if dim is not None and grad.dim() > dim else 0, grad)
-
-
-def check_rows(record: Record, layer: Layer, rows: int, shown: Tensor) -> None:
-    """Raise ValueError unless `rows` is the number of examples that the other layers of this backward saw."""
-    if record.num_examples is None:
-        record.num_examples = rows
-    if rows != record.num_examples:
-        raise ValueError(
-            f"expected every layer to see the batch in one dimension ({record.num_examples} examples); got "
-            f"{rows} rows at {layer.name or 'model'!r} (output {tuple(shown.shape)}); do not fold positions "
-            "into the batch or send a selection of rows to a layer (an expert takes all rows, and zero weights), and "
-            "give positions the shape (1, T) or (B, T)"
-        )
 
 
 def sees_the_batch(layer: Layer, inputs: Inputs, outputs: object, batch_dim: int, hint: int | None) -> bool:
@@ -91,17 +72,7 @@ def refuse_opaque(layer: Layer, leaves: list[object], known: Sequence[object] = 
             )
 
 
-def refuse_flat_indices(layer: Layer, first: Tensor, root_dims: int, batch_dim: int) -> None:
-    """Raise ValueError where an embedding sees indices of one dimension, in a model that is not given such."""
-    if first.dim() == 1 and root_dims != 1:
-        raise ValueError(
-            f"expected indices with the batch in dimension {batch_dim} for embedding {layer.name!r}; got "
-            f"shape {tuple(first.shape)}, whose gradient is summed over the examples before it can be "
-            "clipped; give positions the shape (1, T) or (B, T)"
-        )
-
-
-def refuse_rounded(layer: Layer, grads: tuple[Tensor | None, ...], *, mean: bool) -> None:
+def refuse_rounded(name: str, grads: tuple[Tensor | None, ...], *, mean: bool) -> None:
     """Raise TypeError for gradients of a mean of losses in bfloat16 or float16.
 
     One over the batch size has 8 bits there, and so has each product with it: how all examples are rounded depends on
@@ -110,7 +81,7 @@ def refuse_rounded(layer: Layer, grads: tuple[Tensor | None, ...], *, mean: bool
     low = [g.dtype for g in grads if g is not None and g.dtype in (torch.bfloat16, torch.float16)]
     if mean and low:
         raise TypeError(
-            f"expected the sum of the losses where gradients are {low[0]}, as in layer {layer.name!r}; got their mean, whose "
+            f"expected the sum of the losses where gradients are {low[0]}, as in layer {name!r}; got their mean, whose "
             'division by the size of the batch is rounded for all examples alike; use reduction="sum", and say so with '
             'loss_reduction="sum"'
         )

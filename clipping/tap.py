@@ -6,7 +6,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from clipping.errors import UnrecordedParameter
 from clipping.folds import Fold
 from clipping.grads import SampleGrads
 from clipping.layers import Layer
+from clipping.meetings import Meeting
 from clipping.precision import exact_products
 from clipping.rules.generic import BatchDims
 from clipping.structures import Structure
@@ -63,14 +64,20 @@ class Call:
     fold: Fold | None
     origin: Origin
     kept: Kept | None = None
+    spread: torch.Size | None = None
+    """The shape of the output of a call that serves all examples, before it was expanded to one for each."""
 
 
-def _exhausted(delivered: set[Call], calls: WeakSet[Call]) -> bool:
+Point = Call | Meeting
+"""What delivers in a backward, once: a call of a layer, or a shared value where it meets the examples."""
+
+
+def _exhausted(delivered: set[Point], calls: WeakSet[Point]) -> bool:
     return all(call in delivered for call in calls)
 
 
 def _idle(
-    found: Mapping[str, SampleGrads], delivered: set[Call], calls: Mapping[str, WeakSet[Call]], name: str
+    found: Mapping[str, SampleGrads], delivered: set[Point], calls: Mapping[str, WeakSet[Point]], name: str
 ) -> bool:
     """Whether nothing of `name` is still to be handed over before the end of the backward."""
     return name not in found and _exhausted(delivered, calls[name])
@@ -84,13 +91,13 @@ class Record:
     """
 
     def __init__(
-        self, begin: Begin, calls: Mapping[str, WeakSet[Call]], lock: AbstractContextManager[object]
+        self, begin: Begin, calls: Mapping[str, WeakSet[Point]], lock: AbstractContextManager[object]
     ) -> None:
         self.num_examples: int | None = None
         self._lock = lock
         self._calls = calls
         # The calls themselves: the id of one that is gone may be that of another.
-        self._delivered: set[Call] = set()
+        self._delivered: set[Point] = set()
         self._found: dict[str, SampleGrads] = {}
         # Not a bound method: a cycle would keep a failed backward's tensors until the collector of cycles runs.
         self._collector = begin(partial(_idle, self._found, self._delivered, calls))
@@ -103,14 +110,13 @@ class Record:
     def _exhausted(self, name: str) -> bool:
         return _exhausted(self._delivered, self._calls[name])
 
-    def take(self, call: Call, grads: Mapping[str, SampleGrads]) -> None:
-        """Keep what `call` delivered, by parameter name; hand over the parameters that are whole."""
-        self._delivered.add(call)
+    def take(self, point: Point, names: Iterable[str], grads: Mapping[str, SampleGrads]) -> None:
+        """Keep what `point` delivered of `names`, by parameter name; hand over the parameters that are whole."""
+        self._delivered.add(point)
         for name, found in grads.items():
             known = self._found.get(name)
             self._found[name] = found if known is None else add(known, found)
-        names = dict.fromkeys(call.layer.names.values())
-        whole = [name for name in names if name in self._found and self._exhausted(name)]
+        whole = [name for name in dict.fromkeys(names) if name in self._found and self._exhausted(name)]
         if whole:
             self._hand_over(whole)
 

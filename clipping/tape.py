@@ -13,7 +13,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from clipping.attribution import Attribution, regrouped, rows_of
 from clipping.compiled import HOOK_GUARDS, untraced
 from clipping.delivery import (
     batch_first,
-    check_batch,
-    check_rows,
     only,
-    refuse_flat_indices,
     refuse_opaque,
     refuse_rounded,
     sees_the_batch,
@@ -40,12 +38,16 @@ from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
-from clipping.packed import padded_gradients, refuse_packed
+from clipping.meetings import Meeting
+from clipping.packed import packed_input, padded_gradients, refuse_packed
 from clipping.precision import exact_products
+from clipping.row_maps import RowMap
 from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
+from clipping.shared_calls import SharedCall, gradients_at
+from clipping.shares import Shares
 from clipping.structures import flatten, unflatten
-from clipping.tap import Autocast, Call, Record, Refusal, Tap, refuse_taped
+from clipping.tap import Autocast, Call, Point, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
 from clipping.unruled import Begun, Kept, Ran, Unruled
 
@@ -75,7 +77,9 @@ class Tape:
         self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.layers = recorded_layers(model)
         self._begin = begin
-        self._calls: dict[str, WeakSet[Call]] = {name: WeakSet() for name in self.parameters}
+        self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
+        self._shares = Shares(model, self.parameters)
+        self._attribution = Attribution()
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         self._hooks: list[RemovableHandle] = []
@@ -128,6 +132,7 @@ class Tape:
         self._hooks.clear()
         self._children.clear()
         self._frames.unwind()
+        self._shares.unwind()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -171,14 +176,33 @@ class Tape:
         """Whether a module without a rule runs again now, which is no use of it."""
         return self._rerunning
 
-    def doubt(self) -> None:
-        """Prove again, at their next call, that modules without a rule keep examples apart."""
-        self._unruled.doubt()
-
     @property
     def num_examples_seen(self) -> int | None:
         """The size of the batch that the model was called with last, None where it took no tensor."""
         return self._batch_hint
+
+    def doubt(self) -> None:
+        """Look again at what serves all examples, whose the rows are, and whether modules keep examples apart."""
+        self._shares.doubt()
+        self._attribution.doubt()
+        self._unruled.doubt()
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
+        return self._attribution.asking
+
+    def attribute(
+        self, gates: Sequence[Any], num_examples: int, grads: Sequence[Tensor] | None = None
+    ) -> None:
+        """Find out whose the rows of layers are, where they are not the examples; see `clipping.attribution`.
+
+        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,). `grads` are sent back
+        from them; where they are left out, ones.
+        """
+        if self.batch_dim == 0 and not self._paused:
+            sent = [torch.ones_like(gate) for gate in gates] if grads is None else grads
+            self._attribution.attribute(gates, sent, num_examples)
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -218,11 +242,19 @@ class Tape:
         self._root_dims = 0 if first is None else first.dim()
         self._in_root = True
         self._origin = self.turns.origin()
+        if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
+            self._shares.begin(self._batch_hint, tensors, self._origin, self._arrive, self._register)
+
+    def _register(self, meeting: Meeting) -> None:
+        self._attribution.note(meeting, meeting.place.rows)
+        for name in meeting.names:
+            self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
         if module is self.model:
             self._in_root = False
             self._origin = None
+            self._shares.end()
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self._aside:
@@ -240,10 +272,17 @@ class Tape:
         recording = torch.is_grad_enabled() and not self._aside
         opening, begun = None, None
         if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
-            begun = self._begun(layer, args, kwargs)
+            with self._shares.unfollowed():
+                begun = self._begun(layer, args, kwargs)
             opening = begun.opening
-        recorded = self._frames.begin(layer, recording, self.parameters, opening, begun)
-        return self._expanded(layer, args, kwargs) if recorded and not self._paused else None
+        with torch._C.DisableTorchFunction():  # what the tape does is no part of the forward that is followed
+            if not self._frames.begin(layer, recording, self.parameters, opening, begun) or self._paused:
+                return None
+            if layer.rule is not None and self._frames.own_run is not None:
+                return self._expanded(layer, args, kwargs)
+        if opening is None:
+            self._shares.detached(layer)
+        return None
 
     def _begun(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         in_backward = torch._C._current_graph_task_id() != -1
@@ -301,7 +340,6 @@ class Tape:
         hint, dim = self._batch_hint if known else None, self.batch_dim
         leaves, spec = pytree.tree_flatten((args, kwargs))
         first = Inputs(args, kwargs).first
-        refuse_flat_indices(layer, first, self._root_dims if known else 0, dim)
         if hint is None or first.dim() < 2 or first.shape[dim] != 1:
             return None
         size = [-1] * first.dim()
@@ -311,14 +349,16 @@ class Tape:
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
-        ended = None if self._rerunning else self._frames.end(module)
+        with torch._C.DisableTorchFunction():
+            ended = None if self._rerunning else self._frames.end(module)
         if ended is None or outputs is None or self._paused:
             return None
         ran = None
         if isinstance(ended.begun, Begun):
-            with self._again():
+            with self._again(), self._shares.unfollowed():
                 ran = self._unruled.ended(ended.layer, ended.begun, args, kwargs, outputs)
-        return self._tapped(ended.layer, Inputs(args, kwargs), outputs, ran)
+        with torch._C.DisableTorchFunction():
+            return self._tapped(ended.layer, Inputs(args, kwargs), outputs, ran)
 
     def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, ran: Ran | None) -> object:
         refuse_packed(layer, inputs)
@@ -331,13 +371,22 @@ class Tape:
         if not floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
+        autocast = Autocast.of(floating[0].device.type)
+        shared = None
+        if ran is None or ran.wait is None:  # else the module's own parameters are followed by autograd
+            shared = self._shares.handed_out(layer, inputs, floating, autocast, in_backward)
+        if isinstance(shared, list):
+            supply = iter(shared)
+            return unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_structure)
         in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
-        if ran is not None:
+        spread = None
+        if shared is not None:
+            spread, floating, ran = floating[0].shape, [shared], None
+        elif ran is not None:
             layer, in_leaves = ran.kept.recorded(layer), ran.leaves
         fold = self._folds.of(layer, detached)
         tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
         constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
-        autocast = Autocast.of(floating[0].device.type)
         origin = self._origin or self.turns.origin()
         call = Call(
             self._deliver,
@@ -350,7 +399,9 @@ class Tape:
             fold,
             origin,
             ran and ran.kept,
+            spread,
         )
+        self._attribution.note(call, self._rows_of(call, inputs, floating))
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
@@ -366,21 +417,34 @@ class Tape:
 
     # -- backward ---------------------------------------------------------------------------------------
 
-    def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        with self._lock:
-            self._take(call, saved, grads)
+    def _rows_of(self, call: Call, inputs: Inputs, outputs: list[Tensor]) -> int:
+        packed = packed_input(inputs)
+        if packed is not None:
+            return int(packed.batch_sizes[0])
+        return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
 
-    def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+    def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+        if not self.is_asking:
+            with self._lock:
+                self._take(call, saved, grads)
+
+    def _arrive(self, meeting: Meeting, grad: Tensor) -> None:
+        """Take the gradient, by rows, of a value that serves all examples."""
+        if self.is_asking:
+            return
+        with self._lock:
+            record = self._record(meeting.origin, meeting.names[0])
+            refuse_rounded(meeting.names[0], (grad,), mean=self._mean)
+            rows = self._attribution.rows(record, meeting, meeting.place.rows)
+            found = gradients_at(meeting, grad, rows, self._again) if record.num_examples else {}
+            record.take(meeting, meeting.names, found)
+
+    def _record(self, origin: Origin, name: str) -> Record:
+        """That of the running backward."""
         if self.is_paused:
             raise RuntimeError(
-                f"expected nothing to record while paused; got a backward through layer {call.layer.name!r}, which ran "
+                f"expected nothing to record while paused; got a backward through {name!r}, which ran "
                 "before the pause; run the model inside the same block as the backward"
-            )
-        if call.in_backward:
-            raise RuntimeError(
-                f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
-                "checkpointing, which hides layers from the record; use use_reentrant=False (in transformers: "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
             )
         task = torch._C._current_graph_task_id()
         record = self._records.get(task)
@@ -388,16 +452,44 @@ class Tape:
             # Only the callback holds the record: a backward that raises drops both.
             record = self._records[task] = Record(self._begin, self._calls, self._lock)
             torch.autograd.Variable._execution_engine.queue_callback(record.complete)
-        self.turns.require(call.origin, record.unit)
-        refuse_rounded(call.layer, grads, mean=self._mean)
+        self.turns.require(origin, record.unit)
+        return record
+
+    def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+        if call.in_backward:
+            raise RuntimeError(
+                f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
+                "checkpointing, which hides layers from the record; use use_reentrant=False (in transformers: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
+            )
+        record = self._record(call.origin, call.layer.name)
+        refuse_rounded(call.layer.name, grads, mean=self._mean)
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
+        names = call.layer.names
         if call.kept is not None:
-            found = self._apply_generic(record, call, call.kept, leaves, grads)
+            local = self._apply_generic(record, call, call.kept, leaves, grads)
+            found = {names[name]: value for name, value in local.items()}
+            record.take(call, names.values(), found)
+            return
+        args, kwargs = unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
+        if call.spread is not None:
+            found = self._apply_spread(record, call, Inputs(args, kwargs), only(call.layer, grads))
         else:
-            args, kwargs = unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
-            found = self._apply_rule(record, call, Inputs(args, kwargs), grads)
-        record.take(call, {call.layer.names[local]: value for local, value in found.items()})
+            local = self._apply_rule(record, call, Inputs(args, kwargs), grads)
+            found = {names[name]: value for name, value in local.items()}
+        record.take(call, names.values(), found)
+
+    def _apply_spread(
+        self, record: Record, call: Call, inputs: Inputs, grad: Tensor
+    ) -> dict[str, SampleGrads]:
+        assert call.spread is not None
+        rows = self._attribution.rows(record, call, grad.shape[0])
+        if not record.num_examples:
+            return {}
+        grad = grad if rows is None else rows.summed(grad)
+        shared = SharedCall(call.layer, inputs, (), (call.spread,), call.autocast)
+        return shared.gradients([grad.reshape(grad.shape[0], *call.spread)], self._again)
 
     def _apply_rule(
         self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
@@ -408,29 +500,42 @@ class Tape:
         grads = padded_gradients(inputs, grads)
         if dims is None:
             inputs, grad = batch_first(inputs, only(layer, grads), self.batch_dim)
-            check_batch(record, layer, grad, 0)
             assert layer.rule is not None
+            rows = self._attribution.rows(record, call, grad.shape[0], grad.shape)
             # An empty batch has no gradients, and rules could not tell its other dimensions.
-            if not record.num_examples:
+            if not grad.shape[0]:
                 return {}
+            if rows is not None and rows.depth > 1:
+                grad = grad.flatten(0, 1)
+                inputs = Inputs(*pytree.tree_map(rows.flat, (inputs.args, dict(inputs.kwargs))))
+            num_rows = grad.shape[0]
             with exact_products():
                 found = layer.rule.function(layer.module, inputs, grad)
-            return understood(layer, found, record.num_examples)
-        for grad, dim in zip(grads, dims.outputs, strict=True):
-            if grad is not None:
-                check_batch(record, layer, grad, dim)
-        if not record.num_examples:
+            return regrouped(understood(layer, found, num_rows), rows)
+        num_rows, rows = self._rows(record, call, grads, dims.outputs)
+        if not num_rows:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
             assert layer.rule is not None
             found = layer.rule.function(layer.module, inputs, grads)
-            return understood(layer, found, record.num_examples)
+            return regrouped(understood(layer, found, num_rows), rows)
 
     def _apply_generic(
         self, record: Record, call: Call, kept: Kept, leaves: list[object], grads: tuple[Tensor | None, ...]
     ) -> dict[str, SampleGrads]:
-        check_rows(record, call.layer, kept.num_examples, next(g for g in grads if g is not None))
-        if not record.num_examples:
+        rows = self._attribution.rows(record, call, kept.num_examples)
+        if not kept.num_examples:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
-            return self._unruled.gradients(call.layer, kept, leaves, grads)
+            return regrouped(self._unruled.gradients(call.layer, kept, leaves, grads), rows)
+
+    def _rows(
+        self, record: Record, call: Call, grads: Sequence[Tensor | None], dims: Sequence[int | None]
+    ) -> tuple[int, RowMap | None]:
+        """The rows of the output gradients, 0 for an empty batch, and whose they are."""
+        found: tuple[int, RowMap | None] = 0, None
+        for grad, dim in zip(grads, dims, strict=True):
+            if grad is not None:
+                num_rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
+                found = num_rows, self._attribution.rows(record, call, num_rows)
+        return found

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph between the losses and the layers: where rows are handed over, and whether data decide which.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from clipping.own_code import Arrivals
+from clipping.tap import Call, Point
+
+_SHAPED = frozenset(
+    "view reshapealias unsafeview transpose t permute squeeze unsqueeze expand repeat alias clone copy tocopy slice select "
+    "split unsafesplit splitwithsizes unbind cat stack constantpadnd flip roll unfold asstrided copyslices movedim "
+    "add sub rsub mul div neg abs pow sqrt rsqrt exp log log1p expm1 erf sigmoid tanh softplus softmax logsoftmax relu gelu "
+    "silu elu celu selu leakyrelu hardtanh hardswish hardsigmoid mish sin cos clamp clampmin clampmax maximum minimum "
+    "maskedfill where reciprocal addcmul addcdiv lerp tril triu logsigmoid "
+    "sum mean var std norm linalgvectornorm logsumexp amax amin prod cumsum mm addmm bmm baddbmm linear mv dot "
+    "nativelayernorm nativegroupnorm nativebatchnorm fusedrmsnorm nativedropout embedding convolution "
+    "mkldnnconvolution maxpool1dwithindices maxpool2dwithindices maxpool3dwithindices avgpool2d avgpool3d "
+    "adaptiveavgpool2d adaptiveavgpool3d upsamplebilinear2d upsamplebicubic2d upsamplenearest2d upsamplelinear1d "
+    "scaleddotproductflashattentionforcpu scaleddotproductflashattention scaleddotproductefficientattention "
+    "scaleddotproductcudnnattention scaleddotproductfusedattentionoverrideable "
+    "nllloss nllloss2d softmarginloss binarycrossentropy mseloss smoothl1loss huberloss kldiv complex real "
+    "binarycrossentropywithlogits tap met split valve accumulategrad".split()
+)
+"""Operations whose results' rows depend on shapes alone, by the names of their nodes in lower case."""
+
+_CHOOSING = frozenset("gather max min topk sort indexselect cummax kthvalue median mode".split())
+"""Operations in which data choose, along one dimension."""
+
+
+class Found(NamedTuple):
+    """A point in the graph of the losses: where its outputs are, with the rows in `dims`, and of what shapes.
+
+    `dynamic` says that data decide what lies between.
+    """
+
+    edges: tuple[GradientEdge, ...]
+    dims: tuple[int, ...]
+    shapes: tuple[Sequence[int], ...]
+    dynamic: bool
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The dimensions of which each place may be a row: (N,) or (N, L)."""
+        if len(self.shapes) == 1 and len(self.shapes[0]) > 2 and self.dims[0] == 0:
+            return tuple(self.shapes[0][:2])
+        return (self.shapes[0][self.dims[0]],)
+
+
+def _is_dynamic(node: Any) -> bool:
+    """Whether data may decide which rows of its arguments the rows of a result are made of."""
+    name = node.name().rstrip("0123456789").removesuffix("Backward").lower().rpartition("::")[2]
+    if name in _CHOOSING:
+        return getattr(node, "_saved_dim", 0) == 0
+    if name == "index":
+        first = node._saved_indices[0]
+        return first is not None and not _counts(first)
+    if name in (
+        "mm",
+        "addmm",
+    ):  # a gradient of the second factor: rows are summed, with weights that data may have made
+        edges = node.next_functions
+        return edges[-1][0] is not None and not edges[-1][0].name().endswith("AccumulateGrad")
+    return name not in _SHAPED
+
+
+def _counts(index: Tensor) -> bool:
+    """Whether an index of rows takes all from the first on, in their order."""
+    return index.dim() == 1 and torch.equal(index, torch.arange(len(index), device=index.device))
+
+
+def _points(node: Any) -> Sequence[Point]:
+    name = node.name()
+    if name in ("TapBackward", "MetBackward"):
+        waits = getattr(node.call.deliver, "__self__", None)
+        return (waits.call if isinstance(waits, Arrivals) else node.call,)
+    return node.meetings if name == "SplitBackward" and hasattr(node, "meetings") else ()
+
+
+def walk(gates: Sequence[Any]) -> dict[Point, Found]:
+    """The points of the graph below `gates`, in the order of a backward."""
+    found: dict[Point, Found] = {}
+    flags: dict[Any, bool] = {}
+    heap: list[tuple[int, int, Any]] = []  # by age: what was made later lies above
+    number = count()
+
+    def reach(node: Any, dynamic: bool) -> None:
+        if node is None:
+            return
+        if node not in flags or (dynamic and not flags[node]):
+            heapq.heappush(heap, (-node._sequence_nr(), next(number), node))
+        flags[node] = flags.get(node, False) or dynamic
+
+    for gate in gates:
+        reach(gate.grad_fn if isinstance(gate, Tensor) else gate.node, False)
+    while heap:
+        node = heapq.heappop(heap)[2]
+        dynamic = flags[node]
+        for point in _points(node):
+            outputs = len(node._input_metadata)
+            edges = tuple(GradientEdge(node, i) for i in range(outputs))
+            dims = (
+                point.dims.outputs if isinstance(point, Call) and point.dims is not None else (0,) * outputs
+            )
+            shapes = tuple(tuple(x.shape) for x in node._input_metadata)
+            found[point] = Found(edges, tuple(dim or 0 for dim in dims), shapes, dynamic)
+        below = dynamic or _is_dynamic(node)
+        for following, _ in node.next_functions:
+            reach(following, below)
+    return found

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a forward that serve all examples: which they are, and what becomes of their gradients.
+
+The first forward is followed operation by operation (`clipping.unbatched`). Where each such value meets the examples at
+once, in one broadcast operation as positions do, later forwards do the same at the layer's output and nothing is
+followed. Else every forward is, at a microsecond or two for each operation.
+
+Shapes: B examples, R rows that the model is called with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from clipping.errors import UnrecordedParameter
+from clipping.layers import Layer
+from clipping.meetings import Deliver, Meeting, Met, Place, Split, Valve, place_of, rows_of
+from clipping.rules.registry import Inputs
+from clipping.shared_calls import SharedCall, Source, StandIn
+from clipping.turns import Origin
+from clipping.unbatched import Constants, Operation, Unbatched, tensors_of
+
+ROWS = "rows"
+"""The outputs have one row for each example: an ordinary call."""
+
+FOLLOWED = "followed"
+"""The outputs go through other operations before they meet the examples."""
+
+_SHAPE = frozenset(("shape", "ndim", "size", "dim", "__len__", "numel"))
+
+
+class Key(NamedTuple):
+    """A call of a layer: which layer, the how-manieth of this forward, and the dimensions of its output."""
+
+    layer: str
+    number: int
+    num_dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The outputs of a call are expanded to the rows of the batch, `lead` dimensions added in front."""
+
+    lead: int
+
+
+Use = str | Spread
+
+
+class _Escaped(NamedTuple):
+    """The hook on what a shared value is made of: its gradient came by another way than by rows."""
+
+    name: str
+
+    def __call__(self, value: Tensor) -> None:
+        """Refuse the gradient, if there is one."""
+        if value.grad is not None:
+            value.grad = None
+            raise UnrecordedParameter(
+                f"expected {self.name!r}, which serves all examples at once, to meet them inside the model, in an operation "
+                "whose result has one row for each; got a gradient by another way, summed over the examples already; "
+                "expand it to the batch where it is used, or freeze it"
+            )
+
+
+def _leaf(value: Tensor, name: str) -> Tensor:
+    made = value.detach().requires_grad_()
+    made.register_post_accumulate_grad_hook(_Escaped(name))
+    return made
+
+
+class Forward:
+    """One forward that is followed: its shared values, and how each of them was used."""
+
+    def __init__(
+        self,
+        rows: int,
+        parameters: Mapping[int, str],
+        constants: Constants,
+        origin: Origin,
+        take: Deliver,
+        register: Callable[[Meeting], None],
+    ) -> None:
+        self.rows = rows
+        self.values = Unbatched(constants, self)
+        self.uses: dict[Key, set[Use]] = {}
+        self.stands_in = False
+        self._parameters = parameters
+        self._origin = origin
+        self._take = take
+        self._register = register
+        self._stand_ins: dict[int, Tensor] = {}
+        self._direct: dict[int, Key] = {}
+        self._keys: dict[Source, Key] = {}
+        self._met: dict[tuple[int, Place], tuple[Tensor, Tensor]] = {}
+
+    # -- layers and parameters ----------------------------------------------------------------------------
+
+    def stand_in(self, parameter: nn.Parameter) -> Tensor | None:
+        """The stand-in of a trainable parameter of the model that is used outside of its layer."""
+        name = self._parameters.get(id(parameter))
+        if name is None or not parameter.requires_grad:
+            return None
+        if id(parameter) not in self._stand_ins:
+            made = self._stand_ins[id(parameter)] = _leaf(parameter, name)
+            self.values.note(made, known=True, sources=frozenset((StandIn(name, made),)))
+            self.stands_in = True
+        return self._stand_ins[id(parameter)]
+
+    def serves_all(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether no example entered the outputs of a layer."""
+        return all(self.values.is_known(x) or self.values.sources(x) for x in outputs)
+
+    def call(
+        self, layer: Layer, key: Key, inputs: Inputs, outputs: Sequence[Tensor], autocast: Sequence[Any]
+    ) -> list[Tensor]:
+        """What a layer hands out whose outputs serve all examples."""
+        made = [x if x.requires_grad else _leaf(x, layer.name) for x in outputs]
+        edges = [get_gradient_edge(x) if x.grad_fn is not None else x for x in made]
+        detached = pytree.tree_map(_detached, (inputs.args, dict(inputs.kwargs)))
+        source = SharedCall(layer, Inputs(*detached), edges, [x.shape for x in outputs], autocast)
+        # A copy, no leaf: the model may change it in place.
+        handed = [x if x.grad_fn is not None else x.clone() for x in made]
+        for value, output in zip(handed, outputs, strict=True):
+            before, known = self.values.sources(output), self.values.is_known(output)
+            self.values.note(value, known=known, sources=before | {source})
+        self.uses[key] = set() if len(handed) == 1 else {FOLLOWED}
+        self._keys[source] = key
+        if len(handed) == 1:
+            self._direct[id(handed[0])] = key
+        return handed
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    def used(self, operation: Operation, shared: Sequence[Tensor], result: Any) -> None:
+        """An operation on shared values and constants alone."""
+        if result is not None and any(result is x for x in shared):
+            return
+        for value in shared:
+            self._use(value, "shape" if operation.name in _SHAPE else FOLLOWED)
+
+    def _use(self, value: Tensor, use: Use) -> None:
+        key = self._direct.get(id(value))
+        keys = (
+            [key]
+            if key is not None
+            else [self._keys[x] for x in self.values.sources(value) if x in self._keys]
+        )
+        for known in keys:
+            self.uses[known].add(use if key is not None else FOLLOWED)
+
+    def meets(self, operation: Operation, shared: Sequence[Tensor]) -> tuple[Any, bool]:
+        """An operation on shared values and others."""
+        leaves = self._operands(operation)
+        rows = rows_of(operation, leaves)
+        if rows is not None and not self._is_folded(rows):
+            self._all(shared, FOLLOWED)
+            return operation.run(), True
+        hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        saves = hooks._top_saved_tensors_default_hooks(False) is not None
+        places = {id(x): place_of(operation, x, leaves, saves) for x in shared}
+        if rows is None or None in places.values():
+            self._all(shared, FOLLOWED)
+            return self._split(operation, shared)
+        made: dict[int, Tensor] = {}
+        for value in shared:
+            place = places[id(value)]
+            assert place is not None
+            self._use(value, self._manner(place))
+            made[id(value)] = self._meet(operation, value, place)
+        self._refuse_overwritten(operation, shared)
+        return _with(operation, made).run(), False
+
+    def _operands(self, operation: Operation) -> list[Tensor]:
+        if operation.name == "__setitem__":
+            target, index, given = operation.args
+            return [target[index], *tensors_of((given,))]
+        return list(tensors_of((operation.args, operation.kwargs)))
+
+    def _is_folded(self, rows: int) -> bool:
+        return rows == 0 if self.rows == 0 else rows > 0 and rows % self.rows == 0
+
+    def _manner(self, place: Place) -> Use:
+        if place.rows != self.rows or place.kind not in ("broadcast", "aligned"):
+            return FOLLOWED
+        return ROWS if place.kind == "aligned" else Spread(place.lead)
+
+    def _all(self, shared: Sequence[Tensor], use: Use) -> None:
+        for value in shared:
+            self._use(value, use)
+
+    def _refuse_overwritten(self, operation: Operation, shared: Sequence[Tensor]) -> None:
+        if operation.name.endswith("_") and any(operation.args[0] is x for x in shared):
+            raise TypeError(
+                f"expected a value that serves all examples to stay as it is; got {operation.name!r} on it, which adds examples to "
+                "it in place; use an operation that returns a new tensor (x = x + y)"
+            )
+
+    def _meeting(self, operation: Operation, value: Tensor, place: Place) -> Meeting:
+        sources = self.values.sources(value)
+        names = tuple(sorted({name for source in sources for name in source.names}))
+        meeting = Meeting(place, value, sources, names, operation.name, self._origin, self._take)
+        self._register(meeting)
+        return meeting
+
+    def _meet(self, operation: Operation, value: Tensor, place: Place) -> Tensor:
+        known = self._met.get((id(value), place))
+        if known is None:
+            met = Met.apply(self._meeting(operation, value, place), value)
+            known = self._met[id(value), place] = (value, met)  # the value, so that its id stays its own
+        return known[1]
+
+    def _split(self, operation: Operation, shared: Sequence[Tensor]) -> tuple[Any, bool]:
+        if operation.name.endswith("_"):  # what changes in place cannot be run again
+            return operation.run(), True
+        valve = [True]
+        passed = {id(x): Valve.apply(valve, x) for x in shared}
+        result = _with(operation, passed).run()
+        whole = isinstance(result, Tensor) and result.dim() > 0 and result.requires_grad
+        if not whole or not self._is_folded(result.shape[0]):
+            return result, True
+        valve[0] = False
+        place = Place("other", result.shape[0])
+        meetings = tuple(self._meeting(operation, x, place) for x in shared)
+        return Split.apply(meetings, operation, result, *shared), False
+
+    def finish(self) -> None:
+        """The forward has ended."""
+        self.values.finish()
+        self._met.clear()
+        self._direct.clear()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _with(operation: Operation, made: Mapping[int, Tensor]) -> Operation:
+    def replace(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return made.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(replace(x) for x in value)
+        return value
+
+    kwargs = {name: replace(value) for name, value in operation.kwargs.items()}
+    return operation._replace(args=replace(operation.args), kwargs=kwargs)
+
+
+class Shares:
+    """What is known of the shared values of a model from the forwards that were followed."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._constants = Constants(model)
+        self._parameters = {id(p): name for name, p in parameters.items()}
+        self._plan: dict[Key, Use] = {}
+        self._made: dict[tuple[str, torch.Size], Use] = {}
+        self._seen: set[Key] = set()
+        self._rows = 0
+        self._inside = False
+        self._always = False
+        self._due = True
+        self._numbers: Counter[str] = Counter()
+        self.forward: Forward | None = None
+
+    def doubt(self) -> None:
+        """Follow the next forward."""
+        self._due = True
+
+    def begin(
+        self,
+        rows: int,
+        given: Sequence[Tensor],
+        origin: Origin,
+        take: Deliver,
+        register: Callable[[Meeting], None],
+    ) -> None:
+        """A forward of the model begins on so many rows of the tensors that it is `given`."""
+        self.unwind()
+        self._numbers.clear()
+        self._made.clear()
+        self._rows = rows
+        self._inside = True
+        if self._due or self._always:
+            forward = Forward(rows, self._parameters, self._constants, origin, take, register)
+            for value in given:
+                forward.values.note(value, known=False)
+            forward.values.__enter__()
+            self.forward = forward
+
+    def end(self) -> None:
+        """It has ended: learn from it, where more than one row told rows from what serves them all."""
+        forward = self.forward
+        self.unwind()
+        if forward is None or forward.rows < 2:
+            return
+        self._due = False
+        for key, uses in forward.uses.items():
+            use = _settled(uses)
+            self._plan[key] = use
+            self._always = self._always or use == FOLLOWED
+        self._always = self._always or forward.stands_in
+
+    def unwind(self) -> None:
+        """Leave the mode of a forward that was interrupted."""
+        self._inside = False
+        if self.forward is not None:
+            self.forward.values.__exit__(None, None, None)
+            self.forward.finish()
+            self.forward = None
+
+    @contextmanager
+    def unfollowed(self) -> Iterator[None]:
+        """A block that is no part of the forward."""
+        values = None if self.forward is None else self.forward.values
+        if values is not None:
+            values.aside = True
+        try:
+            yield
+        finally:
+            if values is not None:
+                values.aside = False
+
+    def detached(self, layer: Layer) -> None:
+        """The layer runs on parameters that no example entered."""
+        if self.forward is not None:
+            for member in layer.members:
+                held = (*member._parameters.values(), *tensors_of((vars(member).get("_flat_weights"),)))
+                for value in held:
+                    if value is not None and not isinstance(value, nn.Parameter):
+                        self.forward.values.note(value, known=True)
+
+    def handed_out(
+        self, layer: Layer, inputs: Inputs, outputs: list[Tensor], autocast: Sequence[Any], in_backward: bool
+    ) -> list[Tensor] | Tensor | None:
+        """What a call hands out that serves all examples: values that are followed, or one to tap; None for others."""
+        use: Use | None = None
+        if in_backward:
+            use = self._made.get((layer.name, outputs[0].shape))
+            if use == FOLLOWED:  # as in the forward that is run again here
+                return [x if x.requires_grad else _leaf(x, layer.name).clone() for x in outputs]
+        elif not self._inside:
+            refuse_flat_indices(layer, inputs)
+        else:
+            self._numbers[layer.name] += 1
+            key = Key(layer.name, self._numbers[layer.name], outputs[0].dim())
+            if self.forward is not None:
+                self._seen.add(key)
+                if not self.forward.serves_all(outputs):
+                    return None
+                self._made[layer.name, outputs[0].shape] = FOLLOWED
+                return self.forward.call(layer, key, inputs, outputs, autocast)
+            use = self._plan.get(key)
+            if key not in self._seen:  # another way through the model than those that were followed
+                self._due = True
+                refuse_flat_indices(layer, inputs)
+        if not isinstance(use, Spread) or len(outputs) > 1 or (use.lead == 0 and outputs[0].shape[0] != 1):
+            return None
+        self._made[layer.name, outputs[0].shape] = use
+        value = outputs[0].reshape(*(1,) * use.lead, *outputs[0].shape)
+        return value.expand(self._rows, *value.shape[1:])
+
+
+def _settled(uses: set[Use]) -> Use:
+    if uses <= {ROWS, "shape"}:
+        return ROWS
+    (use, *rest) = uses
+    return use if not rest and isinstance(use, Spread) else FOLLOWED
+
+
+def refuse_flat_indices(layer: Layer, inputs: Inputs) -> None:
+    """Raise ValueError where an embedding sees indices of one dimension, and nothing tells what made them."""
+    if isinstance(layer.module, nn.Embedding) and inputs.first.dim() == 1:
+        raise ValueError(
+            f"expected indices with the batch in dimension 0 for embedding {layer.name!r}, called outside of the model's own "
+            f"forward; got shape {tuple(inputs.first.shape)}, in which positions would look like examples; call the model "
+            "itself, or give positions the shape (B, T)"
+        )
