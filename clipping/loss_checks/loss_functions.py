@@ -94,31 +94,37 @@ def class_losses(facts: Facts, operation: Operation) -> State:
 
 
 def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -> State:
-    weight, target = operation.get("weight"), operation.get("target")
-    if facts.tracing or not isinstance(target, Tensor):
+    if facts.tracing:
         return total(facts, Factor(), size, mean=True)
-    if isinstance(weight, Tensor):
+    if isinstance(operation.get("weight"), Tensor):
         return unproven(
             operation, "a mean that is divided by the class weights of the whole batch", remedy=WEIGHTED
         )
-    ignored = target == operation.get("ignore_index")
+    target, ignore_index = operation.get("target"), operation.get("ignore_index")
+    assert isinstance(target, Tensor) and isinstance(ignore_index, int)
+    if target.device.type == "cpu" and size < _EXACT and counted(operation.get("total_weight")) == size:
+        facts.again.append((facts.position, size))
+        return total(facts, Factor(), size, mean=True)
+    facts.repeatable = False
+    counts = (target != ignore_index).reshape(layout.outer, facts.num_examples, -1).sum((0, 2))
+    unequal = (counts != counts[0]).any() | (counts[0] == 0)
     if target.device.type != "cpu":
-        facts.flags.append(ignored.any())
+        facts.flags.append(unequal)
+        facts.tensors.append(counts[0])
         return total(facts, Factor(), size, mean=True)
-    if not bool(ignored.any()):
-        return total(facts, Factor(), size, mean=True)
-    counts = _counts(~ignored, layout, facts.num_examples)
-    if len(counts) and bool((counts == counts[0]).all()) and int(counts[0]):
+    if not bool(unequal):
         return total(facts, Factor(), int(counts.sum()), mean=True)
-    return unproven(
-        operation, "a mean that is divided by the number of the labels that are not ignored in the whole batch",
-        remedy=IGNORED,
-    )  # fmt: skip
+    return unproven(operation, OF_COUNTED, remedy=IGNORED)
 
 
-def _counts(counted: Tensor, layout: Layout, num_examples: int) -> Tensor:
-    """(B,): how many positions of each example are counted."""
-    return counted.reshape(layout.outer, num_examples, -1).sum((0, 2))
+OF_COUNTED = "a mean that is divided by the number of the labels that are not ignored in the whole batch"
+_EXACT = 1 << 24
+"""Single precision counts so far."""
+
+
+def counted(total_weight: object) -> float | None:
+    """How many labels were counted, where they have no weights."""
+    return total_weight.item() if isinstance(total_weight, Tensor) else None
 
 
 def connectionist(facts: Facts, operation: Operation) -> State:

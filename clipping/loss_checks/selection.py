@@ -31,6 +31,7 @@ _CHOICE = "a choice among the examples of the batch"
 def indexed(facts: Facts, operation: Operation) -> State:
     """`x[i, j]` with tensors for indices; `index_select` is one in dimension `dim`."""
     state, shape = operation.states[0], operation.shapes[0]
+    facts.repeatable = False
     given = _indices(operation)
     places = [dim for dim, index in enumerate(given) if isinstance(index, Tensor)]
     masks = [d for d in places if given[d].dtype in (torch.bool, torch.uint8)]  # pyright: ignore
@@ -49,6 +50,7 @@ def indexed(facts: Facts, operation: Operation) -> State:
 
 def assigned(facts: Facts, operation: Operation) -> State:
     """`x[mask] = constant`, elementwise; any other assignment to chosen places is not followed."""
+    facts.repeatable = False
     given = _indices(operation)
     places = [dim for dim, index in enumerate(given) if isinstance(index, Tensor)]
     mask = given[places[0]] if len(places) == 1 else None
