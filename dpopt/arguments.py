@@ -125,13 +125,17 @@ def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: refuse `labels=` of tokens, for which transformers averages over the whole batch."""
+    """Forward pre-hook: refuse `labels=` of tokens, for which transformers averages over the whole batch.
+
+    Numbers (B, L) are the targets of L binary labels or of L regressions, each a mean over elements.
+    """
     labels = kwargs.get("labels")
-    if torch.is_grad_enabled() and isinstance(labels, Tensor) and labels.dim() > 1:
+    tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    if torch.is_grad_enabled() and tokens:
         raise ValueError(
-            f"expected no token labels in the private forward; got labels of shape {tuple(labels.shape)}: the "
-            "model's own loss averages over the tokens of the whole batch, so examples rescale each other; compute "
-            "dpopt.causal_lm_losses(logits, labels).mean() instead"
+            f"expected no token labels in the private forward; got labels of {labels.dim()} dimensions: the model's own loss "
+            "averages over the tokens of the whole batch, so examples rescale each other; compute "
+            "dpopt.causal_lm_losses(logits, labels).mean() instead, or pass these losses to engine.backward(losses)"
         )
 
 

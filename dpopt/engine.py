@@ -399,7 +399,7 @@ class PrivacyEngine:
         dataset, for those that remember each record: let the dataset's items carry them, as a collate function may
         change the order.
         """
-        with self._checks.trusting():
+        with self._checks.given():
             self.training.evaluate(loss, records=records)
 
     def backward(self, losses: Tensor) -> None:
@@ -421,7 +421,7 @@ class PrivacyEngine:
         (test_guarantee_backward_of_losses_clips_each_row). What `loss.backward()` checks, and what cannot be seen:
         `clipping.loss_checks`.
         """
-        with self._checks.trusting(losses):
+        with self._checks.given(losses):
             self.training.accumulate(losses)
 
     @property

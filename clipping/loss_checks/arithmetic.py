@@ -16,8 +16,8 @@ from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.state import (
     ONE,
     Alone,
-    Factor,
     Facts,
+    Factor,
     Operation,
     Rows,
     State,
@@ -195,9 +195,7 @@ def multiplied(facts: Facts, operation: Operation) -> State:
             return state
     if left is None or right is None:
         state, name = (left, "other") if right is None else (right, "self")
-        return (
-            None if state is None else _weighted(facts, operation, state, operation.get(name), divide=False)
-        )
+        return None if state is None else _weighted(facts, operation, state, operation.get(name), divide=False)
     place = aligned(operation)
     return _placed(place, _factor(left).times(_factor(right)))
 
@@ -211,14 +209,13 @@ def divided(facts: Facts, operation: Operation) -> State:
         if isinstance(state, Unproven):
             return state
     if right is None:
-        return (
-            None if left is None else _weighted(facts, operation, left, operation.get("other"), divide=True)
-        )
+        return None if left is None else _weighted(facts, operation, left, operation.get("other"), divide=True)
     return _placed(aligned(operation), _factor(left).over(_factor(right)))
 
 
 def _by_count(facts: Facts, operation: Operation, total: Total) -> State:
     """A sum over a tensor that is made of the examples: a mean where it is the number of the summed elements."""
+    facts.repeatable = False
     value = None if facts.tracing else _number(operation.get("other"))
     if value is not None and total.count is not None and float(value) == total.count:
         return _mean(facts, total, total.count)
@@ -247,8 +244,10 @@ def _weighted(facts: Facts, operation: Operation, state: State, value: object, *
     if isinstance(number, Tensor):
         if facts.mean and isinstance(state, Total) and any(f.power == 0 for f in state.factors):
             number = float(number)
+            facts.repeatable = False
         else:
             facts.tensors.append(number)
+            facts.repeatable = False
             return scaled(state, ONE)
     if number is None:
         _remember(facts, state, value)
@@ -282,3 +281,4 @@ def _remember(facts: Facts, state: State, value: object) -> None:
     """Weights of whole terms, as of a multi-task loss, must stay what they are."""
     if isinstance(state, Total) and isinstance(value, Tensor) and value.numel() <= SMALL:
         facts.tensors.append(value.detach())
+        facts.repeatable = False

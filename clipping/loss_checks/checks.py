@@ -6,82 +6,90 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from clipping.compiled import untraced
 from clipping.errors import MixesExamples
 from clipping.loss_checks.arithmetic import as_count, scaled
+from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.entrance import ENTRANCE
-from clipping.loss_checks.graph import Walk, mark
+from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
+from clipping.loss_checks.loss_functions import counted
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven
-from clipping.loss_checks.verdict import Constants, refuse_mixing, required
+from clipping.loss_checks.trail import Inner, Trail, mark, trail
+from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
 from clipping.rules.generic import batch_dim_of
 from clipping.tape import Tape
+
+_KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """Which checks the losses of a run have passed.
+    """Which checks the losses of a run have passed; tells nothing of the data.
 
-    `num_backwards` were shown by their graph to be a mean (or sum) over examples; of `num_trusted` it was only seen
-    that nothing brings examples together: their losses came one for each example, to `backward(losses)`. In
-    `num_followed` draws the batch was followed from the loader to the loss.
+    `num_shown` backwards were shown by their graph to be of a mean (or sum) over examples. Of `num_given` more, whose
+    losses came one for each example, it was only looked whether something brings examples together. In `num_followed`
+    of `num_draws` draws the batch was followed from the loader to the loss.
     """
 
-    num_backwards: int
-    num_trusted: int
+    num_shown: int
+    num_given: int
     num_followed: int
+    num_draws: int
 
     def __str__(self) -> str:
         return (
-            f"losses: {self.num_backwards} backwards shown by their graph to be a sum over examples, {self.num_trusted} of "
-            f"one loss for each example in which nothing brings examples together; batches followed from the loader to "
-            f"the loss at {self.num_followed} draws"
+            f"losses: {self.num_shown} backwards shown by their graph to be of a sum over examples, {self.num_given} of "
+            f"losses given one for each example; {self.num_followed} of {self.num_draws} draws followed from the loader "
+            "to the loss; not seen: numbers made outside torch, padding, other modules' gradients"
         )
 
 
 class LossChecks:
     """Looks at every backward of a run before it begins; see the package for what is checked and what cannot be.
 
-    `mean` says that losses are means, `whole` that every batch is the whole dataset. `ready` tells whether a backward now would count: a step is open, and nothing
+    `mean` says that losses are means, `whole` that every batch is the whole dataset. `ready` tells whether a backward now
+    would count: a step is open, and nothing
     probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
     """
 
-    def __init__(self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]
+    ) -> None:
         self._tape = tape
         self._mean = mean
         self._whole = whole
         self._ready = ready
         self._constants = Constants()
         self._provenance = Provenance()
+        self._passed: dict[Hashable, tuple[tuple[int, int], ...]] = {}
         self._flags: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
         self._proven: list[bool] = []
         self._order: bytes | None = None
-        self._trusting = False
-        self._draws = 0
-        self._followed = 0
-        self._counts = [0, 0]
+        self._given = False
+        self._following = False
+        self._due = 1
+        self._num_draws = self._num_followed = 0
+        self._num_backwards = {True: 0, False: 0}
 
     # -- the run ------------------------------------------------------------------------------------------
 
     def attach(self) -> LossChecks:
         """Begin to look."""
-        before, after = untraced(self._before_model), untraced(self._after_model)
-        model = self._tape.model
-        self._hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(after, always_call=True))
+        self._hooks.append(self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True))
         ENTRANCE.enter(self)
         return self
 
@@ -93,79 +101,92 @@ class LossChecks:
         ENTRANCE.leave(self)
         self._provenance.stop()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LossChecks:
+        """Itself: a copied model is an ordinary model, whose copied hooks find nothing to look at."""
+        return self
+
     @property
     def report(self) -> LossReport:
         """What was checked so far."""
-        return LossReport(self._counts[0], self._counts[1], self._followed)
+        shown, given = self._num_backwards[False], self._num_backwards[True]
+        return LossReport(shown, given, self._num_followed, self._num_draws)
 
     def hand_out(self, batch: object, num_examples: int, *, first: bool) -> None:
         """A part of a drawn batch goes to the loop: follow it where that is due."""
-        self._draws += first
-        self._provenance.stop()
+        self._stop_following()
         self._order = None
-        if num_examples > 1 and self._draws & (self._draws - 1) == 0 and _can_follow():
-            self._followed += first
+        if first:
+            self._num_draws += 1
+            self._following = False
+        if (self._following or self._num_draws >= self._due) and num_examples > 1 and _can_follow():
+            if not self._following:
+                self._following, self._due = True, 2 * self._num_draws
+                self._num_followed += 1
             self._provenance.start(batch, num_examples, self._tape.batch_dim)
+            before = untraced(self._before_model)
+            self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
+
+    def _stop_following(self) -> None:
+        self._provenance.stop()
+        while len(self._hooks) > 1:
+            self._hooks.pop().remove()
 
     def settle(self) -> None:
-        """The step is about to be released: ask what was put off, so as not to stop a device."""
-        self._provenance.stop()
-        flags, self._flags = self._flags, []
-        if any(bool(flag) for flag in flags):
-            refuse_mixing(
-                Unproven("a mean over the labels that are not ignored in the whole batch", shown=True)
-            )
-        self._constants.settle()
+        """The step is about to be released: ask what was put off, so as not to stop a device in the backward."""
+        self._stop_following()
+        if self._flags:
+            flags, self._flags = self._flags, []
+            if bool(torch.stack(flags).any()):
+                refuse_changed()
 
     def discard(self) -> None:
         """What was collected is dropped, and with it what was put off."""
         self._flags.clear()
 
     @contextmanager
-    def trusting(self, losses: Tensor | None = None) -> Iterator[None]:
+    def given(self, losses: Tensor | None = None) -> Iterator[None]:
         """A block whose backward is of `losses` (B,): numbers in them may change, and unknown operations are trusted."""
         if losses is not None and self._provenance.on:
-            found = self._provenance.seen.of(losses)
-            if isinstance(found, Unproven) and found.shown:
-                refuse_mixing(found)
-        self._trusting = True
+            _refuse_seen(self._provenance.seen.of(losses), refuse_mixing)
+        self._given = True
         try:
             yield
         finally:
-            self._trusting = False
+            self._given = False
 
     # -- the model ----------------------------------------------------------------------------------------
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is not self._tape.model or not self._provenance.on:
+        if not self._provenance.on or model is not self._tape.model:
             return
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                found = self._provenance.seen.of(leaf)
-                if isinstance(found, Rows):
-                    self._order = found.layout.order
-                elif isinstance(found, Unproven) and found.shown and torch.is_grad_enabled():
-                    raise MixesExamples(
-                        f"expected inputs of the model that are each made from one example; got {found.reason}, after "
-                        "which an input depends on several; do it with public numbers (another mean, "
-                        "another image), or to each example alone"
-                    )
+        for tensor in tensors((args, kwargs)):
+            found = self._provenance.seen.of(tensor)
+            if isinstance(found, Rows):
+                self._order = found.layout.order
+            elif torch.is_grad_enabled():
+                _refuse_seen(found, _refuse_input)
         self._provenance.enter_model()
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], outputs: object) -> None:
         if model is not self._tape.model:
             return
         num_examples = self._tape.num_examples_seen
-        leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
         if num_examples:
-            dims = [batch_dim_of(x, num_examples, self._tape.batch_dim) for x in leaves]
-            mark(leaves, dims, num_examples, id(self._tape))
+            found = (outputs,) if isinstance(outputs, Tensor) else tuple(tensors(outputs))
+            dims = [batch_dim_of(x, num_examples, self._tape.batch_dim) for x in found]
+            mark(found, dims, num_examples, id(self._tape))
             if self._provenance.on:
-                for leaf, dim in zip(leaves, dims, strict=True):
-                    known = dim is not None and num_examples == self._provenance.facts.num_examples
-                    self._provenance.seen.put(leaf, Rows(Layout(dim, order=self._order)) if known else None)
+                self._note_outputs(found, dims, num_examples)
         if self._provenance.on:
             self._provenance.leave_model()
+
+    def _note_outputs(
+        self, outputs: Sequence[Tensor], dims: Sequence[int | None], num_examples: int
+    ) -> None:
+        same = num_examples == self._provenance.facts.num_examples
+        for output, dim in zip(outputs, dims, strict=True):
+            known = Rows(Layout(dim, order=self._order)) if same and dim is not None else None
+            self._provenance.seen.put(output, known)
 
     # -- backwards ----------------------------------------------------------------------------------------
 
@@ -174,20 +195,12 @@ class LossChecks:
         self._proven.append(False)
         if second_order or self._tape.is_paused or not self._ready():
             return
-        # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
-        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            self._look(roots, grads)
-
-    def _look(self, roots: Sequence[Any], grads: Sequence[Any]) -> None:
-        facts = Facts(mean=self._mean, read=self._provenance.read)
-        lookup = self._provenance.made if self._provenance.on else None
-        walk = Walk(facts, self._tape.batch_dim, lookup, self._order)
-        states = [_rooted(walk, root, grad) for root, grad in zip(roots, grads, strict=True)]
-        if id(self._tape) not in walk.met:
-            return
-        if facts.num_examples:
-            self._judge(walk, facts, states)
-        self._proven[-1] = True
+        if torch._C._len_torch_dispatch_stack():
+            # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
+            with _disable_current_modes():
+                self._proven[-1] = self._look(roots, grads)
+        else:
+            self._proven[-1] = self._look(roots, grads)
 
     def after(self) -> None:
         """That backward is over."""
@@ -201,46 +214,90 @@ class LossChecks:
                 "them, so that the loss could not be looked at; call loss.backward()"
             )
 
-    def _judge(self, walk: Walk, facts: Facts, states: Sequence[State]) -> None:
-        found = Total(())
-        for state in states:
-            alone = facts.num_examples == 1 and isinstance(state, Rows | Unproven)  # nothing to keep apart
-            if alone or (self._trusting and isinstance(state, Unproven) and not state.shown):
-                facts.unclear = True
-                continue
-            found = Total(found.factors + required(facts, state).factors)
-        if facts.sized and self._whole and not self._trusting:
-            refuse_mixing(Unproven("a mean that is divided by the number of examples once more", shown=False))
+    def _look(self, roots: Sequence[Any], grads: Sequence[Any]) -> bool:
+        return any([self._look_at(*pair) for pair in zip(roots, grads, strict=True)])
+
+    def _look_at(self, root: Any, grad: Any) -> bool:
+        """Look at one root; False where it is of another model, or cannot be read, which is for torch to tell."""
+        node, number = (root.grad_fn if isinstance(root, Tensor) else root.node), root.output_nr
+        if node is None:
+            return False
+        try:
+            found = trail(node, self._tape.batch_dim)
+        except RuntimeError:  # its saved tensors are gone: torch says so in its own words
+            return False
+        start = grad.item() if isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu" else None
+        key = (found.steps, start, self._given)
+        again = None if self._provenance.on or start is None else self._passed.get(key)
+        if again is None or not all(_holds(found, *what) for what in again):
+            return self._prove(found, number, grad, key)
+        self._num_backwards[self._given] += 1
+        return True
+
+    def _prove(self, found: Trail, number: int, grad: Any, key: tuple[Hashable, ...]) -> bool:
+        owner = id(self._tape)
+        if not any(place.owner == owner for s in found.steps if not isinstance(s, Inner) for place in s):
+            return False
+        following = self._provenance.on
+        facts = Facts(mean=self._mean, read=self._provenance.read)
+        lookup = self._provenance.made if following else None
+        state = states(found, facts, lookup, self._order)[-1][number]
+        if facts.num_examples:
+            self._judge(facts, _started(facts, state, grad))
+        if facts.repeatable and not following:
+            if len(self._passed) >= _KEPT:
+                self._passed.clear()
+            steps = trail(found.nodes[-1], self._tape.batch_dim).steps  # with all that was asked for by now
+            self._passed[(steps, *key[1:])] = tuple(facts.again)
+        return True
+
+    def _judge(self, facts: Facts, state: State) -> None:
+        self._num_backwards[self._given] += 1
+        if facts.num_examples == 1 and isinstance(state, Rows | Unproven):
+            return  # nothing to keep apart
+        if self._given and isinstance(state, Unproven) and not state.shown:
+            return
+        total = required(facts, state)
+        if facts.sized and self._whole and not self._given:
+            what = "a mean that is divided by the number of examples once more"
+            refuse_mixing(Unproven(what, shown=False))
+        if not self._given and not facts.unclear:
+            self._constants.require(facts, total)
         self._flags += facts.flags
-        self._counts[self._trusting] += 1
-        if not self._trusting and not facts.unclear:
-            self._constants.require(walk.names, facts, found)
 
 
-def _rooted(walk: Walk, root: Any, grad: Any) -> State:
-    """The state of one root, times the gradient that the backward starts with."""
-    node, number = (root.grad_fn, root.output_nr) if isinstance(root, Tensor) else (root.node, root.output_nr)
-    if node is None:
-        return None
-    state = walk.state(node, number)
+def _holds(found: Trail, position: int, size: int) -> bool:
+    return counted(found.nodes[position]._saved_total_weight) == size
+
+
+def _started(facts: Facts, state: State, grad: Any) -> State:
+    """The state of a root, times the gradient that the backward starts with."""
     if not isinstance(grad, Tensor) or isinstance(state, Unproven | None):
         return state
-    facts = walk.facts
     if grad.numel() == 1 and grad.device.type != "cpu":
         facts.tensors.append(grad.detach())
+        facts.repeatable = False
         return state
     if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
-        return Unproven(
-            "a gradient other than the same number for all losses, given to backward()", shown=False
-        )
-    if not grad.numel():
-        return None
+        return Unproven("a gradient other than the same number for all losses, given to backward()", shown=False)
     state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))
     return Total((state.factor,)) if isinstance(state, Rows) else state
 
 
+def _refuse_seen(found: State, refuse: Callable[[Unproven], None]) -> None:
+    if isinstance(found, Total):
+        refuse(Unproven("a sum over the examples of the batch", shown=True))
+    elif isinstance(found, Unproven) and found.shown:
+        refuse(found)
+
+
+def _refuse_input(found: Unproven) -> None:
+    raise MixesExamples(
+        f"expected inputs of the model that are each made from one example; got {found.reason}, after which an input "
+        "depends on several; do it with public numbers (means known before, other images), or to each example alone"
+    )
+
+
 def _can_follow() -> bool:
     """Whether torch.compile leaves a mode that follows operations alone, or is not in use."""
-    import sys
-
     return hasattr(TorchDispatchMode, "ignore_compile_internals") or "torch._dynamo" not in sys.modules

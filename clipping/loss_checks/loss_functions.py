@@ -16,8 +16,8 @@ from clipping.loss_checks.layout import Layout, Shape
 from clipping.loss_checks.reductions import total
 from clipping.loss_checks.state import (
     Alone,
-    Factor,
     Facts,
+    Factor,
     Operation,
     Rows,
     State,
@@ -28,7 +28,9 @@ from clipping.loss_checks.state import (
 
 NONE, MEAN, SUM = 0, 1, 2
 
-WEIGHTED = 'weigh the losses of reduction="none" and pass them to engine.backward(losses), which needs no mean of the weights'
+WEIGHTED = (
+    'weigh the losses of reduction="none" and pass them to engine.backward(losses), which needs no mean of the weights'
+)
 IGNORED = (
     'average the losses of reduction="none" over each example\'s own positions (for language models '
     "dpopt.causal_lm_losses(logits, labels)) and pass them to engine.backward(losses)"
@@ -75,27 +77,15 @@ def class_losses(facts: Facts, operation: Operation) -> State:
     """`nll_loss` and `nll_loss2d`: a mean divides by the sum of the weights of the targets that are not ignored."""
     state, shape = operation.states[0], operation.shapes[0]
     if not isinstance(state, Rows | Alone) or shape is None:
-        return (
-            state
-            if not isinstance(state, Total)
-            else unproven(operation, "a function of a sum over the examples")
-        )
+        return state if not isinstance(state, Total) else unproven(operation, "a function of a sum over the examples")
     for known in operation.states[1:]:
         if isinstance(known, Unproven | Total):
-            return (
-                known
-                if isinstance(known, Unproven)
-                else unproven(operation, "labels made from the whole batch")
-            )
+            return known if isinstance(known, Unproven) else unproven(operation, "labels made from the whole batch")
         if isinstance(known, Rows) and isinstance(state, Rows) and known.layout != state.layout:
             return unproven(operation, "the labels of other examples than the outputs")
     facts.settled(state.factor if isinstance(state, Rows) else next(iter(state.factors.values())))
     if isinstance(state, Alone):
-        return (
-            Alone(dict.fromkeys(state.factors, Factor()))
-            if state.single
-            else unproven(operation, "several examples")
-        )
+        return Alone(dict.fromkeys(state.factors, Factor())) if state.single else unproven(operation, "several examples")
     if state.layout.dim != 0:
         return unproven(operation, "classes in the dimension of the examples")
     if operation.get("reduction") != MEAN:
@@ -104,31 +94,37 @@ def class_losses(facts: Facts, operation: Operation) -> State:
 
 
 def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -> State:
-    weight, target = operation.get("weight"), operation.get("target")
-    if facts.tracing or not isinstance(target, Tensor):
+    if facts.tracing:
         return total(facts, Factor(), size, mean=True)
-    if isinstance(weight, Tensor):
+    if isinstance(operation.get("weight"), Tensor):
         return unproven(
             operation, "a mean that is divided by the class weights of the whole batch", remedy=WEIGHTED
         )
-    ignored = target == operation.get("ignore_index")
+    target, ignore_index = operation.get("target"), operation.get("ignore_index")
+    assert isinstance(target, Tensor) and isinstance(ignore_index, int)
+    if target.device.type == "cpu" and size < _EXACT and counted(operation.get("total_weight")) == size:
+        facts.again.append((facts.position, size))
+        return total(facts, Factor(), size, mean=True)
+    facts.repeatable = False
+    counts = (target != ignore_index).reshape(layout.outer, facts.num_examples, -1).sum((0, 2))
+    unequal = (counts != counts[0]).any() | (counts[0] == 0)
     if target.device.type != "cpu":
-        facts.flags.append(ignored.any())
+        facts.flags.append(unequal)
+        facts.tensors.append(counts[0])
         return total(facts, Factor(), size, mean=True)
-    if not bool(ignored.any()):
-        return total(facts, Factor(), size, mean=True)
-    counts = _counts(~ignored, layout, facts.num_examples)
-    if len(counts) and bool((counts == counts[0]).all()) and int(counts[0]):
+    if not bool(unequal):
         return total(facts, Factor(), int(counts.sum()), mean=True)
-    return unproven(
-        operation, "a mean that is divided by the number of the labels that are not ignored in the whole batch",
-        remedy=IGNORED,
-    )  # fmt: skip
+    return unproven(operation, OF_COUNTED, remedy=IGNORED)
 
 
-def _counts(counted: Tensor, layout: Layout, num_examples: int) -> Tensor:
-    """(B,): how many positions of each example are counted."""
-    return counted.reshape(layout.outer, num_examples, -1).sum((0, 2))
+OF_COUNTED = "a mean that is divided by the number of the labels that are not ignored in the whole batch"
+_EXACT = 1 << 24
+"""Single precision counts so far."""
+
+
+def counted(total_weight: object) -> float | None:
+    """How many labels were counted, where they have no weights."""
+    return total_weight.item() if isinstance(total_weight, Tensor) else None
 
 
 def connectionist(facts: Facts, operation: Operation) -> State:

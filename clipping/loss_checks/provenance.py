@@ -20,11 +20,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from clipping.loss_checks.arithmetic import elementwise
-from clipping.loss_checks.layout import Layout
+from clipping.loss_checks.batch import handed_out
 from clipping.loss_checks.rules import rule_of
 from clipping.loss_checks.state import Facts, Operation, Rows, State, Unproven, ruled
 from clipping.loss_checks.trial import Call, tried
-from clipping.rules.generic import batch_dim_of
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -73,7 +72,10 @@ class Seen:
     def _views(self, value: Tensor) -> dict[_Place, State] | None:
         if value.layout != torch.strided or value.is_nested:
             return None
-        storage = value.untyped_storage()
+        try:
+            storage = value.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # inside torch.func
+            return None
         known = self._known.get(storage._cdata)
         if known is None or known[0]() is not storage:  # its address was given to another
             known = self._known[storage._cdata] = ref(storage), {}
@@ -108,7 +110,7 @@ class Provenance(TorchDispatchMode):
         self.read: set[float] = set()
         """Numbers that the loop read from the batch."""
         self._inside = 0
-        self._on = False
+        self._on = self._entered = False
 
     @property
     def on(self) -> bool:
@@ -124,21 +126,23 @@ class Provenance(TorchDispatchMode):
     def start(self, batch: object, num_examples: int, batch_dim: int) -> None:
         """Follow a batch from here on."""
         self.stop()
-        self.read.clear()
         self.facts = Facts(tracing=True, num_examples=num_examples)
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, Tensor):
-                dim = batch_dim_of(leaf, num_examples, batch_dim)
-                self.seen.put(leaf, None if dim is None else Rows(Layout(dim)))
+        for tensor, state in handed_out(batch, num_examples, batch_dim):
+            self.seen.put(tensor, state)
         self._on, self._inside = True, 0
-        self.__enter__()
+        if not self._entered:
+            self.__enter__()
+            self._entered = True
 
     def stop(self) -> None:
-        """Follow nothing; a mode that the user entered since and did not leave keeps this one below it, idle."""
-        self._on = False
-        self.seen.clear()
-        if any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
+        """Follow nothing; a mode that the loop entered since and did not leave keeps this one below it, idle."""
+        if self._on:
+            self._on = False
+            self.seen.clear()
+            self.read.clear()
+        if self._entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
             self.__exit__(None, None, None)
+            self._entered = False
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -179,7 +183,9 @@ class Provenance(TorchDispatchMode):
             elif isinstance(result, float) and any(state is not None for state in states):
                 self.read.add(result)
 
-    def _state(self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int) -> State:
+    def _state(
+        self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int
+    ) -> State:
         known = rule_of(name)
         if known is None and torch.Tag.pointwise in call.func.tags:
             known = name, elementwise

@@ -31,6 +31,7 @@ _CHOICE = "a choice among the examples of the batch"
 def indexed(facts: Facts, operation: Operation) -> State:
     """`x[i, j]` with tensors for indices; `index_select` is one in dimension `dim`."""
     state, shape = operation.states[0], operation.shapes[0]
+    facts.repeatable = False
     given = _indices(operation)
     places = [dim for dim, index in enumerate(given) if isinstance(index, Tensor)]
     masks = [d for d in places if given[d].dtype in (torch.bool, torch.uint8)]  # pyright: ignore
@@ -49,6 +50,7 @@ def indexed(facts: Facts, operation: Operation) -> State:
 
 def assigned(facts: Facts, operation: Operation) -> State:
     """`x[mask] = constant`, elementwise; any other assignment to chosen places is not followed."""
+    facts.repeatable = False
     given = _indices(operation)
     places = [dim for dim, index in enumerate(given) if isinstance(index, Tensor)]
     mask = given[places[0]] if len(places) == 1 else None
@@ -57,7 +59,9 @@ def assigned(facts: Facts, operation: Operation) -> State:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not constant or places != [0]:
         return unproven(operation, "an assignment to chosen places", shown=False)
     left = (*mask.shape, *(1 for _ in operation.out[mask.dim() :]))
-    shapes = tuple(left if s is not None and s == tuple(mask.shape) else s for s in operation.shapes)
+    shapes = tuple(
+        left if s is not None and s == tuple(mask.shape) else s for s in operation.shapes
+    )
     return elementwise(facts, operation._replace(shapes=shapes))
 
 
@@ -67,18 +71,14 @@ def _indices(operation: Operation) -> list[object]:
         return list(indices)
     dim = operation.get("dim")
     size = len(operation.shapes[0] or operation.out)
-    return [
-        index if d == int(dim if isinstance(dim, int) else 0) % max(1, size) else None for d in range(size)
-    ]
+    return [index if d == int(dim if isinstance(dim, int) else 0) % max(1, size) else None for d in range(size)]
 
 
 def masked(_: Facts, operation: Operation) -> State:
     """A selection whose number of elements depends on the batch."""
     if all(state is None for state in operation.states):
         return None
-    return unproven(
-        operation, _CHOICE + " or of their positions, whose number depends on the batch", shown=False
-    )
+    return unproven(operation, _CHOICE + " or of their positions, whose number depends on the batch", shown=False)
 
 
 def looked_up(_: Facts, operation: Operation) -> State:
@@ -167,9 +167,7 @@ def matrix_product(facts: Facts, operation: Operation) -> State:
     return _product(operation, left, right, a, b)  # pyright: ignore[reportArgumentType]
 
 
-def _product(
-    operation: Operation, left: Rows | None, right: Rows | None, a: Shape | None, b: Shape | None
-) -> State:
+def _product(operation: Operation, left: Rows | None, right: Rows | None, a: Shape | None, b: Shape | None) -> State:
     kept = _kept(left.layout, a, first=True) if left is not None and a is not None else None
     if right is not None and b is not None:
         other = _kept(right.layout, b, first=False)
@@ -181,9 +179,7 @@ def _product(
     return Total((factor,)) if kept is None else Rows(kept, factor)
 
 
-def _paired(
-    operation: Operation, left: Rows, right: Rows, kept: Layout | None, other: Layout | None
-) -> State:
+def _paired(operation: Operation, left: Rows, right: Rows, kept: Layout | None, other: Layout | None) -> State:
     same = left.layout._replace(dim=0) == right.layout._replace(dim=0)
     if kept is None and other is None and same:
         return Total((left.factor.times(right.factor),))

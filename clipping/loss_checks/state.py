@@ -84,7 +84,9 @@ class Facts:
     `mean` says that the loss is said to be a mean. `tracing`: operations are followed as they run, so that saved
     numbers need no look. `constants` must be the same in every batch, and so must `tensors`, which are looked at later.
     `flags` must be false: what a device would have to be stopped for is asked at the end of the step. `read` are numbers
-    that the loop read from the batch. `sized`: the loss was divided by the number of examples beside the mean. `unclear`: there is one example, and a number may be its own.
+    that the loop read from the batch. `sized`: the loss was divided by the number of examples beside the mean. `unclear`: there is one example, and a number may be its own. `names` are
+    the operations met. `again`: at these positions of the trail so many labels have to be counted in every batch; with
+    that, what was found holds for every equal trail, if it is `repeatable`.
     """
 
     mean: bool = True
@@ -96,6 +98,10 @@ class Facts:
     read: Container[float] = ()
     sized: bool = False
     unclear: bool = False
+    names: set[str] = field(default_factory=set)
+    position: int = 0
+    again: list[tuple[int, int]] = field(default_factory=list)
+    repeatable: bool = True
 
     def settled(self, factor: Factor) -> Factor:
         """ONE, after what is not linear: the factor becomes a constant inside each example's loss."""

@@ -6,8 +6,6 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from clipping.errors import MixesExamples
@@ -43,8 +41,7 @@ def required(facts: Facts, state: State) -> Total:
     if facts.mean and any(power > -1 for power in powers):
         raise ValueError(
             "expected a loss that is the mean over the examples, as loss_reduction says; got a sum, or a division by "
-            'another number than that of the examples; divide by it, or say loss_reduction="sum", or '
-            + REMEDY
+            'another number than that of the examples; divide by it, or say loss_reduction="sum", or ' + REMEDY
         )
     if not facts.mean and any(power < 0 for power in powers):
         raise ValueError(
@@ -60,38 +57,32 @@ class Constants:
     def __init__(self) -> None:
         self._numbers: dict[frozenset[str], list[float]] = {}
         self._tensors: dict[frozenset[str], list[Tensor]] = {}
-        self._later: list[tuple[Tensor, Tensor]] = []
 
-    def require(self, names: Iterable[str], facts: Facts, total: Total) -> None:
-        """Raise MixesExamples where a number is another than in an earlier batch."""
-        key = frozenset(names)
+    def require(self, facts: Facts, total: Total) -> None:
+        """Raise MixesExamples where a number is another than in an earlier batch; what is on a device is put off."""
+        key = frozenset(facts.names)
         shift = 1 if facts.mean else 0
         values = [f._replace(power=f.power + shift).value(facts.num_examples) for f in total.factors]
         found = _distinct(values + facts.constants)
-        if not _close(self._numbers.setdefault(key, found), found):
-            self._refuse()
         tensors = self._tensors.setdefault(key, [x.clone() for x in facts.tensors])
-        if len(tensors) != len(facts.tensors):
-            self._refuse()
+        same = _close(self._numbers.setdefault(key, found), found)
+        if not same or [x.shape for x in tensors] != [x.shape for x in facts.tensors]:
+            refuse_changed()
         for known, value in zip(tensors, facts.tensors, strict=True):
-            if known.shape != value.shape:
-                self._refuse()
-            self._later.append((known, value))
-        if self._later and self._later[0][0].device.type == "cpu":
-            self.settle()
+            away = (known - value).abs() > _CLOSE * known.abs()
+            if away.device.type != "cpu":
+                facts.flags.append(away.any())
+            elif bool(away.any()):
+                refuse_changed()
 
-    def settle(self) -> None:
-        """Compare the tensors that were put off, which waits for their device."""
-        later, self._later = self._later, []
-        if not all(bool(((a - b).abs() <= _CLOSE * a.abs().clamp(min=1e-30)).all()) for a, b in later):
-            self._refuse()
 
-    def _refuse(self) -> None:
-        raise MixesExamples(
-            "expected the numbers in a loss to be the same in every batch; got another factor, divisor, length or constant "
-            "than in an earlier one, as when a loss is divided by a count of labels, tokens or positions, or by something "
-            f"that the batch or its padding decides; {REMEDY}, which may also change a factor by a public schedule"
-        )
+def refuse_changed() -> None:
+    """Raise MixesExamples."""
+    raise MixesExamples(
+        "expected the numbers in a loss to be the same in every batch; got another factor, divisor, length or constant "
+        "than in an earlier one, as when a loss is divided by a count of labels, tokens or positions, or by something "
+        f"that the batch or its padding decides; {REMEDY}, which may also change a factor by a public schedule"
+    )
 
 
 def _distinct(values: list[float]) -> list[float]:
