@@ -119,8 +119,8 @@ def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if foreign:
         raise ValueError(
             f"expected an optimizer over the module's own parameters; got {foreign} parameters of something else, "
-            "which would be trained without noise; build the optimizer from module.parameters(), after moving the "
-            "module to its device"
+            "which would be trained without noise; make one module of all that is trained, nn.ModuleList([encoder, head]) "
+            "say, move it to its device, and build the optimizer from its parameters"
         )
 
 
