@@ -41,6 +41,7 @@ from clipping.frames import Frames
 from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
 from clipping.precision import exact_products
+from clipping.rules.dropouts import draws_masks
 from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
 from clipping.structures import flatten, unflatten
@@ -210,6 +211,8 @@ class Tape:
             return None
         recording = torch.is_grad_enabled()
         opening, begun = None, None
+        if draws_masks(module):
+            layer = layer._replace(rule=None)
         if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
             begun = self._begun(layer, args, kwargs)
             opening = begun.opening
