@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clipping.layers import Layer
+from clipping.rules.dropouts import draws_masks
 from clipping.rules.generic import is_floating
 from clipping.rules.registry import Inputs
 from clipping.structures import flatten
@@ -50,7 +51,9 @@ def sees_the_batch(layer: Layer, inputs: Inputs, outputs: object, batch_dim: int
     if not found or hint is None:
         return True
     dims: tuple[int, ...] = ()
-    if layer.rule is not None and layer.rule.batch_dims is not None:
+    if draws_masks(layer.module):
+        dims = (0 if layer.module.batch_first else 1,)  # pyright: ignore[reportAssignmentType]
+    elif layer.rule is not None and layer.rule.batch_dims is not None:
         try:
             dims = layer.rule.batch_dims(layer.module, inputs, found)
         except (ValueError, TypeError):

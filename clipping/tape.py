@@ -42,6 +42,7 @@ from clipping.meetings import Meeting
 from clipping.packed import packed_input, padded_gradients, refuse_packed
 from clipping.precision import exact_products
 from clipping.row_maps import RowMap
+from clipping.rules.dropouts import draws_masks
 from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
 from clipping.shared_calls import SharedCall, gradients_at
@@ -271,6 +272,8 @@ class Tape:
             return None
         recording = torch.is_grad_enabled() and not self._aside
         opening, begun = None, None
+        if draws_masks(module):
+            layer = layer._replace(rule=None)
         if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
             with self._shares.unfollowed():
                 begun = self._begun(layer, args, kwargs)

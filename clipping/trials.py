@@ -23,6 +23,7 @@ from clipping.observed import NotApart, Observed, Subject, observe
 from clipping.random_state import Sources
 from clipping.rules.checkpoints import unpacked
 from clipping.rules.draws import Draw, Unreplayable
+from clipping.rules.dropouts import draws_unseen
 from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine
 from clipping.rules.generic import agree, taken_down
 from clipping.rules.reruns import Rerun, Strayed
@@ -242,6 +243,11 @@ def _settled(
 
 
 def _proven(subject: Subject, seen: Observed, size: Size, failures: list[Failure]) -> Manner | None:
+    if draws_unseen(subject.layer.members if subject.whole else (subject.layer.module, *subject.opened)):
+        failures.append(
+            Failure(False, "dropout inside a fused recurrent layer; put nn.Dropout between single layers")
+        )
+        return None
     rerun, leaves = seen.rerun(subject), seen.all_leaves
     draws: list[Draw] | None = None
     if seen.moment.moved:

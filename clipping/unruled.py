@@ -21,6 +21,7 @@ from clipping.observed import Expanded, Serves, Subject
 from clipping.own_code import Arrivals, Mark, OwnRun
 from clipping.random_state import RandomState, Sources
 from clipping.rules.draws import Unreplayable
+from clipping.rules.dropouts import draws_masks
 from clipping.rules.examples import LOOP, Batch, BatchDims
 from clipping.rules.generic import generic
 from clipping.rules.reruns import ChildCall, Moment, Place, Rerun, Strayed, floating_leaves
@@ -107,6 +108,8 @@ class Unruled:
         leaves, _ = flatten((args, kwargs))
         found = examples_of(leaves, hint, self._batch_dim)
         num_examples = 0 if found is None else found
+        if found is None or (found == 1 and hint is not None and hint > 1):  # one call for all examples
+            return self._single(layer, len(leaves)), 1
         kind = (id(layer.module), layer.module.training, *map(_kind, leaves))
         # A mask (T, T) that all examples share looks like a batch where T happens to be B: a kind of its own.
         key = (kind, *(isinstance(x, Tensor) and num_examples in x.shape for x in leaves))
@@ -116,7 +119,7 @@ class Unruled:
         if known is not None and (key not in self._doubted or not now):
             return known, num_examples
         if num_examples == 0 or not now:
-            return self._latest.get(key) or self._single(layer, len(leaves), num_examples), num_examples
+            return self._latest.get(key) or self._single(layer, len(leaves)), num_examples
         alike = [x.dims.inputs for other, x in self._manners.items() if other[0] == kind]
         manner = self._settle(layer, args, kwargs, num_examples, alike)
         self._doubted.discard(key)
@@ -150,10 +153,10 @@ class Unruled:
         )
 
     def _is_unruled(self, module: nn.Module) -> bool:
-        return id(module) in self._without_rule
+        return id(module) in self._without_rule or draws_masks(module)
 
-    def _single(self, layer: Layer, num_leaves: int, num_examples: int) -> Manner:
-        """No examples, or a batch of which nothing is known."""
+    def _single(self, layer: Layer, num_leaves: int) -> Manner:
+        """No examples, one call for all of them, or a batch of which nothing is known."""
         dims, sources = BatchDims((None,) * num_leaves, ()), Sources.of(layer.members, foreign=False)
         return Manner(False, None, dims, {}, (), places_of(layer), (), sources)
 

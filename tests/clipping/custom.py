@@ -11,6 +11,7 @@ import math
 import random
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -409,14 +410,14 @@ class Table(nn.Module):
 class Beside(nn.Module):
     """A learned first state beside a recurrent layer."""
 
-    def __init__(self, layer: type = nn.GRU) -> None:
+    def __init__(self, layer: Callable[..., nn.Module] = nn.GRU) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.randn(1, 1, D))
         self.layer = layer(D, D, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None]
-        state = self.first.expand(-1, len(x), -1).contiguous()
+        state = self.first.expand(self.layer.num_layers, len(x), -1).contiguous()
         _, last = self.layer(x, (state, torch.tanh(state)) if isinstance(self.layer, nn.LSTM) else state)
         return (last[0] if isinstance(last, tuple) else last)[-1]
 
@@ -536,10 +537,31 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "pruned": lambda: prune.random_unstructured(nn.Linear(D, D), "weight", 0.3),
 }
 
+
+class Attends(nn.Module):
+    """An encoder layer of torch, whose attention drops weights too."""
+
+    def __init__(self, batch_first: bool, needs: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(D, 2, 8, dropout=0.3, batch_first=batch_first)
+        self.attention = nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True) if needs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None]
+        if self.attention is not None:
+            out, weights = self.attention(h, h, h)
+            return out.mean(1) + weights.sum((1, 2))[:, None]
+        return self.layer(h).mean(1)
+
+
 RANDOM_MODULES: dict[str, Callable[[], nn.Module]] = {
     "dropout in children": lambda: Layers(0.4),
     "dropout in nested children": lambda: Nested(0.3),
     "children left out by chance": Skips,
+    "an encoder layer of torch": lambda: Attends(True),
+    "attention that drops its weights": lambda: Attends(True, True),
+    "dropout between recurrent layers": lambda: Recurrent(nn.LSTM(D, D, 2, dropout=0.4, batch_first=True)),
+    "dropout between layers, a first state": lambda: Beside(partial(nn.GRU, num_layers=2, dropout=0.3)),
 }
 
 CUSTOM: dict[str, Callable[[], nn.Module]] = {
