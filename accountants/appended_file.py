@@ -41,7 +41,7 @@ class AppendedFile:
         self._end, self._size = end, size
 
     def append(self, line: bytes) -> None:
-        """Write `line` durably.
+        """Write `line` durably, and take no other before `confirm`.
 
         Raises:
             LedgerNotDurable: it may or may not have reached the disk.
@@ -62,6 +62,9 @@ class AppendedFile:
             ) from error
         self._end += len(line)
         self._size = max(self._size, self._end)
+
+    def confirm(self) -> None:
+        """Say that the line is counted in memory too, and go on."""
         self._failed = ""
 
     def cut_off(self) -> None:

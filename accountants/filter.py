@@ -25,7 +25,7 @@ that dominates it under the relation (`accountants.relations`), and x^a is a mix
 a (a-1) u^(a-2) >= 0 and of linear terms, so that the moment of order a of the likelihood ratio grows with the curve: that of the
 dominating pair is above it. A record replaced costs the divergence of its own pair, for a full batch a
 Gaussian of 2 / noise_multiplier in place of 1. A step that a Gaussian pair dominates is a post-processing of that pair
-(Blackwell 1953; Dong, Roth, Su 2022, arXiv:1905.02383, theorem 2), so the Gaussian rule takes the noise that the
+(Blackwell 1953, as in section 2 of Dong, Roth, Su 2022, arXiv:1905.02383), so the Gaussian rule takes the noise that the
 relation leaves.
 
 At another delta the same charges prove another epsilon: with all sums within B(a), delta(e) is at most

@@ -154,6 +154,15 @@ def declared_rule(configurations: Iterable[Mapping[str, object]], relation: str)
         ) from error
 
 
+def refuse_late(num_charges: int) -> None:
+    """Raise ValueError where a filter is declared after charges: it says nothing about them."""
+    if num_charges:
+        raise ValueError(
+            f"a filter must be declared before the first charge; got a ledger with {num_charges} charges; "
+            "its order was to be fixed before the data were seen: use a fixed schedule"
+        )
+
+
 def renyi_limits(orders: Array, epsilon: float, delta: float | Array) -> Array:
     """Compute the budget B(a, delta) of each order, rounded down."""
     a = orders

@@ -36,7 +36,7 @@ from typing import Self
 from accountants.appended_file import AppendedFile
 from accountants.event_data import to_dict
 from accountants.events import Composed, Event, UnpricedEvent
-from accountants.filter_rule import Rule, declared_rule
+from accountants.filter_rule import Rule, declared_rule, refuse_late
 from accountants.rdp import RDP
 from accountants.records import (
     FORMAT,
@@ -114,7 +114,6 @@ class Ledger:
                 ledger = cls(file, chain.records(reader))
                 file.continue_at(reader.tell() - len(chain.torn), reader.tell())
             check_header(ledger._header, unit, relation, str(path))
-            ledger._spending.govern(declared_rule(ledger._attempts, ledger.relation))
             if chain.torn:
                 ledger._repair(chain.torn, expected, str(path))
             return ledger
@@ -193,14 +192,9 @@ class Ledger:
                     f"the filter of a ledger must never change; got {rule.config}, declared before: {present.config}; "
                     "make it as declared, or start a ledger of its own if the populations differ"
                 )
-            if present is None and self.num_charges:
-                raise ValueError(
-                    f"a filter must be declared before the first charge; got a ledger with {self.num_charges} charges; "
-                    "its order was to be fixed before the data were seen: use a fixed schedule"
-                )
             if present is None:
+                refuse_late(self.num_charges)
                 self._write("attempt", {"config": {"filter": rule.config}, "event": None})
-                self._spending.govern(rule)
 
     def events(self) -> Composed:
         """Return everything charged so far as one event, equal charges merged, under the relation of the header.
@@ -287,6 +281,7 @@ class Ledger:
         finally:
             # The bytes of a failed write may have reached the disk all the same: count them.
             self._note_in_memory(record)
+        self._file.confirm()
         return record
 
     def _note_in_memory(self, record: Record) -> None:
@@ -300,6 +295,9 @@ class Ledger:
         elif record.kind == "attempt":
             if isinstance(config := record.payload.get("config"), Mapping):
                 self._attempts.append(config)
+                if "filter" in config:
+                    refuse_late(self.num_charges)
+                    self._spending.govern(declared_rule(self._attempts, self.relation))
             if event is not None:
                 self._declared.add(event)
 

@@ -16,7 +16,7 @@ from io import BytesIO
 
 from accountants.event_data import from_dict
 from accountants.events import Composed, Event, Repeated
-from accountants.filter_rule import Rule, declared_rule
+from accountants.filter_rule import Rule, declared_rule, refuse_late
 from accountants.relations import relation_named
 from accountants.storage import LedgerCorrupt, open_for_reading
 
@@ -73,9 +73,15 @@ class History:
         """The rule of the filter that governs the ledger; None where its schedules were fixed in advance.
 
         Raises:
-            ValueError: it is declared in terms that are unknown here.
+            ValueError: it is declared in terms that are unknown here, or after the first charge.
         """
-        return declared_rule(configurations(self.records), self.relation)
+        rule = declared_rule(configurations(self.records), self.relation)
+        charges = 0
+        for record in self.records if rule is not None else ():
+            charges += record.kind == "charge"
+            if any("filter" in config for config in configurations((record,))):
+                refuse_late(charges)
+        return rule
 
     def events(self) -> Composed:
         """Return everything charged as one event, equal charges merged, under the relation of the header."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ledger that a filter governs: whoever charges it, from wherever, meets one rule."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from accountants import (
     Ledger,
     LedgerCorrupt,
     LedgerLocked,
+    LedgerNotDurable,
     PoissonSampled,
     Repeated,
     UnpricedEvent,
@@ -24,6 +26,7 @@ from accountants import (
     leaves,
     ledger_bound,
     read,
+    to_dict,
 )
 from accountants.records import following, to_line
 
@@ -183,6 +186,59 @@ def test_a_declaration_that_is_no_filter_governs_nothing_and_is_refused(path, to
             ValueError, match=r"the filter that a ledger declares must be one that is known here; got"
         ):
             ask()
+
+
+def test_a_declaration_after_the_first_charge_governs_nothing_and_is_refused(path):
+    """The rule was to be fixed before anything was released; such a ledger was written by something else."""
+    with Ledger.open(path) as ledger:
+        _filter(ledger)
+    declared = read(path).records[1].payload
+    header = read(path).records[0]
+    charge = following(header, "charge", {"event": to_dict(STEP), "context": {}})
+    path.write_bytes(to_line(header) + to_line(charge) + to_line(following(charge, "attempt", declared)))
+    history = read(path)
+    for ask in (lambda: Ledger.open(path), lambda: ledger_bound(history, 1e-5)):
+        with pytest.raises(
+            ValueError, match="must be declared before the first charge; got a ledger with 1 charges"
+        ):
+            ask()
+
+
+def test_two_declarations_are_refused(path):
+    with Ledger.open(path) as ledger:
+        _filter(ledger)
+    records = read(path).records
+    again = following(records[1], "attempt", records[1].payload)
+    path.write_bytes(path.read_bytes() + to_line(again))
+    with Ledger.open(path) as ledger:  # the same one twice is one
+        assert ledger.rule.epsilon == 2.0
+    other = dict(records[1].payload["config"]["filter"], epsilon=3.0)
+    path.write_bytes(
+        path.read_bytes() + to_line(following(again, "attempt", {"config": {"filter": other}, "event": None}))
+    )
+    for ask in (lambda: Ledger.open(path), lambda: read(path).rule):
+        with pytest.raises(ValueError, match="not one filter"):
+            ask()
+
+
+@pytest.mark.parametrize("at", ["write", "fdatasync"])
+def test_an_interrupted_declaration_stops_the_ledger(path, monkeypatch, at):
+    """Nobody charges past a filter of which nobody knows whether it is there."""
+    real = getattr(os, at)
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with Ledger.open(path) as ledger:
+        monkeypatch.setattr(os, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _filter(ledger)
+        monkeypatch.undo()
+        with pytest.raises(LedgerNotDurable, match="an interruption"):
+            ledger.charge(Repeated(STEP, 5000))
+    with Ledger.open(path) as ledger, pytest.raises(BudgetExhausted):
+        ledger.charge(Repeated(STEP, 5000))
 
 
 def test_a_refused_charge_leaves_the_ledger_usable(path):
