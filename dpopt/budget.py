@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A budget, and the arithmetic of what fits it: charges within it, and the least noise that keeps to it."""
+"""A budget, and how many charges fit it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
@@ -12,8 +11,6 @@ from typing import Protocol
 from accountants import Accountant, BudgetExhausted, Event
 from accountants.calibrate import num_steps
 
-_TOLERANCE = 0.002
-_LARGEST_NOISE = 1e4
 _MOST_HALVINGS = 50
 
 
@@ -118,24 +115,6 @@ def exhausted(budget: Budget, wanted: int, left: int, done: int, ledger: object)
         f"{left} after {done} step(s) of this run; raise the noise multiplier, lower the sampling rate, or stop here "
         f"(nothing was charged; ledger {ledger})"
     )
-
-
-def least_noise(price: Callable[[float], float], epsilon: float, *, low: float) -> float | None:
-    """The least noise multiplier from `low` on, to 0.2 %, with price(noise) <= epsilon; None if none is large enough.
-
-    Guarantees
-    ----------
-    The result has been priced, and its price is within the budget (test_guarantee_the_least_noise_was_priced).
-    """
-    high = low
-    while price(high) > epsilon:
-        low, high = high, 2 * high
-        if high > _LARGEST_NOISE:
-            return None
-    while high - low > _TOLERANCE * high:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
-    return high
 
 
 def tightened(price: Callable[[float], float], noise: float, epsilon: float, tolerance: float) -> float:

@@ -550,4 +550,3 @@ class PrivacyEngine:
             self._runs.remove(run)
         if not self._runs:
             self._ledger.close()
-

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from accountants import Accountant, BudgetExhausted, Composed, Event
-from dpopt.budget import Budget, least_noise
+from accountants import Accountant, BudgetExhausted, Event
+from accountants.calibrate import LEAST_NOISE, least_noise
+from dpopt.budget import Budget
 from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling, check_sizes
 from dpopt.sampling import FixedSizeSampling, PoissonSampling, Sampling, TruncatedPoissonSampling
 from dpopt.users import UserSampling
 
-_LEAST = 0.25
+_MOST = 1e6
 
 SAMPLERS: Mapping[str, Callable[..., Sampling]] = {
     "balls-in-bins": BallsInBins,
@@ -108,17 +109,26 @@ def noise_within(
     `priced` maps a noise multiplier to the event of the whole run.
 
     Raises:
-        BudgetExhausted: no noise does.
+        BudgetExhausted: no noise up to a million clip norms does.
+        ValueError: hardly any noise does, so that the budget protects nobody.
     """
-    before = () if spent is None else (spent,)
-
-    def price(noise: float) -> float:
-        return rule.curve(Composed((*before, priced(noise)))).epsilon(budget.delta)
-
-    found = least_noise(price, budget.epsilon, low=_LEAST)
-    if found is None:
+    found = least_noise(
+        priced,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        accountant=rule.name,
+        relation=rule.relation,
+        spent=spent,
+    )
+    if found is None or found > _MOST:
         raise BudgetExhausted(
-            f"expected epsilon {budget.epsilon:g} at delta {budget.delta:g} to pay for the run; got too little; "
-            "raise epsilon or take fewer steps (nothing was charged)"
+            f"expected epsilon {budget.epsilon:g} at delta {budget.delta:g} to pay for the run with noise of at most "
+            f"{_MOST:g} clip norms; got too little; raise epsilon or take fewer steps (nothing was charged)"
+        )
+    if found <= LEAST_NOISE:
+        raise ValueError(
+            f"expected a budget that asks for noise; got epsilon {budget.epsilon:g} at delta {budget.delta:g}, which the "
+            "run meets with hardly any: at such a delta it may give records away; choose delta below 1 / number of "
+            "records, or a smaller epsilon"
         )
     return found

@@ -16,8 +16,8 @@ from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.state import (
     ONE,
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,
@@ -195,7 +195,9 @@ def multiplied(facts: Facts, operation: Operation) -> State:
             return state
     if left is None or right is None:
         state, name = (left, "other") if right is None else (right, "self")
-        return None if state is None else _weighted(facts, operation, state, operation.get(name), divide=False)
+        return (
+            None if state is None else _weighted(facts, operation, state, operation.get(name), divide=False)
+        )
     place = aligned(operation)
     return _placed(place, _factor(left).times(_factor(right)))
 
@@ -209,7 +211,9 @@ def divided(facts: Facts, operation: Operation) -> State:
         if isinstance(state, Unproven):
             return state
     if right is None:
-        return None if left is None else _weighted(facts, operation, left, operation.get("other"), divide=True)
+        return (
+            None if left is None else _weighted(facts, operation, left, operation.get("other"), divide=True)
+        )
     return _placed(aligned(operation), _factor(left).over(_factor(right)))
 
 

@@ -65,9 +65,7 @@ class LossChecks:
     probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
     """
 
-    def __init__(
-        self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]
-    ) -> None:
+    def __init__(self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]) -> None:
         self._tape = tape
         self._mean = mean
         self._whole = whole
@@ -89,7 +87,9 @@ class LossChecks:
 
     def attach(self) -> LossChecks:
         """Begin to look."""
-        self._hooks.append(self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True))
+        self._hooks.append(
+            self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True)
+        )
         ENTRANCE.enter(self)
         return self
 
@@ -180,9 +180,7 @@ class LossChecks:
         if self._provenance.on:
             self._provenance.leave_model()
 
-    def _note_outputs(
-        self, outputs: Sequence[Tensor], dims: Sequence[int | None], num_examples: int
-    ) -> None:
+    def _note_outputs(self, outputs: Sequence[Tensor], dims: Sequence[int | None], num_examples: int) -> None:
         same = num_examples == self._provenance.facts.num_examples
         for output, dim in zip(outputs, dims, strict=True):
             known = Rows(Layout(dim, order=self._order)) if same and dim is not None else None
@@ -226,7 +224,11 @@ class LossChecks:
             found = trail(node, self._tape.batch_dim)
         except RuntimeError:  # its saved tensors are gone: torch says so in its own words
             return False
-        start = grad.item() if isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu" else None
+        start = (
+            grad.item()
+            if isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu"
+            else None
+        )
         key = (found.steps, start, self._given)
         again = None if self._provenance.on or start is None else self._passed.get(key)
         if again is None or not all(_holds(found, *what) for what in again):
@@ -279,7 +281,9 @@ def _started(facts: Facts, state: State, grad: Any) -> State:
         facts.repeatable = False
         return state
     if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
-        return Unproven("a gradient other than the same number for all losses, given to backward()", shown=False)
+        return Unproven(
+            "a gradient other than the same number for all losses, given to backward()", shown=False
+        )
     state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))
     return Total((state.factor,)) if isinstance(state, Rows) else state
 

@@ -16,7 +16,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from clipping.loss_checks.arithmetic import elementwise
@@ -183,9 +182,7 @@ class Provenance(TorchDispatchMode):
             elif isinstance(result, float) and any(state is not None for state in states):
                 self.read.add(result)
 
-    def _state(
-        self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int
-    ) -> State:
+    def _state(self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int) -> State:
         known = rule_of(name)
         if known is None and torch.Tag.pointwise in call.func.tags:
             known = name, elementwise

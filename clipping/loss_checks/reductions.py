@@ -13,8 +13,8 @@ from clipping.loss_checks.arithmetic import scaled
 from clipping.loss_checks.layout import Layout, Shape, reduced
 from clipping.loss_checks.state import (
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,

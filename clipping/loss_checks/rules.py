@@ -69,7 +69,10 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
     (loss_functions.batch_first, _BATCH_FIRST),
     (_independent, _FRESH),
     (_collected, _COLLECTED),
-    (arithmetic.unchanged, "clone to_copy to alias detach lift_fresh lift contiguous positive conj_physical real".split()),
+    (
+        arithmetic.unchanged,
+        "clone to_copy to alias detach lift_fresh lift contiguous positive conj_physical real".split(),
+    ),
     (arithmetic.negated, ["neg"]),
     (arithmetic.added, "add sub rsub".split()),
     (arithmetic.multiplied, ["mul"]),
@@ -95,7 +98,10 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
         loss_functions.reduced_elementwise,
         "mse_loss binary_cross_entropy binary_cross_entropy_with_logits smooth_l1_loss huber_loss soft_margin_loss".split(),
     ),
-    (loss_functions.row_losses, ["multi_margin_loss", "multilabel_margin_loss", "multilabel_margin_loss_forward"]),
+    (
+        loss_functions.row_losses,
+        ["multi_margin_loss", "multilabel_margin_loss", "multilabel_margin_loss_forward"],
+    ),
     (
         loss_functions.class_losses,
         "nll_loss nll_loss2d nll_loss2_d nll_loss_forward nll_loss2d_forward".split(),

@@ -15,8 +15,8 @@ from clipping.loss_checks.arithmetic import aligned, complete, copied, copies, e
 from clipping.loss_checks.layout import Layout, permuted, selected, sliced, viewed
 from clipping.loss_checks.state import (
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,

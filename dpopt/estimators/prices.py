@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accountants import ADD_REMOVE, REPLACE, ZERO_OUT, Accountant, Composed, Event, Repeated, UnpricedEvent
+from accountants.calibrate import num_charges
 from dpopt.budget import Budget, affordable
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.releases import mechanism_of
 from dpopt.mechanisms import GaussianMechanism, Mechanism
 from dpopt.sampling import Sampling
-
-_MOST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,7 @@ class Prices:
 
     at: Callable[[int], Event]
     constant: bool
+    _first: list[Event] = field(default_factory=list, repr=False, compare=False)
 
     def behind(self, charges: int) -> Prices:
         """Those of the charges that follow the first `charges`."""
@@ -34,26 +34,22 @@ class Prices:
         """The event of the first `charges` charges."""
         if self.constant:
             return Repeated(self.at(0), charges)
-        counted = Counter(self.at(number) for number in range(charges))
+        self._first.extend(self.at(number) for number in range(len(self._first), charges))
+        counted = Counter(self._first[:charges])
         return Composed(tuple(Repeated(event, count) for event, count in counted.items()))
 
     def affordable(self, budget: Budget, rule: Accountant, spent: Event) -> int:
         """How many charges, from the first on, fit `budget` on top of `spent`, priced by `rule`."""
         if self.constant:
             return affordable(budget, self.at(0), rule, spent)
-
-        def fits(charges: int) -> bool:
-            whole = Composed((spent, self.whole(charges)))
-            return charges == 0 or rule.curve(whole).epsilon(budget.delta) <= budget.epsilon
-
-        high = 1
-        while high < _MOST and fits(high):
-            high *= 2
-        low = high // 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return num_charges(
+            self.whole,
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            accountant=rule.name,
+            relation=rule.relation,
+            spent=spent,
+        )
 
 
 def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Prices:
@@ -70,12 +66,17 @@ def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Pr
             f"{type(sampling).__name__}, whose charges pay for a whole epoch; use Poisson sampling"
         )
 
+    known: dict[float, Event] = {}  # values: what somebody changes in the mechanism later is then noticed
+
     def at(charge: int) -> Event:
-        return estimator.event(sampling, mechanism_of(estimator, mechanism, charge).event())
+        factor = 1.0 if estimator.factors is None else estimator.factors(charge)
+        if factor not in known:
+            known[factor] = estimator.event(sampling, mechanism_of(estimator, mechanism, charge).event())
+        return known[factor]
 
     if estimator.factors is not None:
         return Prices(at, constant=False)
-    first = at(0)  # a value: what somebody changes in the mechanism later is then noticed
+    first = at(0)
     return Prices(lambda charge: first, constant=True)
 
 

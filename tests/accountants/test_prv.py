@@ -39,7 +39,8 @@ def test_tight(number):
 
 
 @pytest.mark.parametrize(
-    ("sigma", "q", "steps", "delta"), [(1, 0.01, 1000, 1e-14), (1, 1e-7, 10**6, 1e-9), (0.7, 1e-7, 1000, 1e-5)]
+    ("sigma", "q", "steps", "delta"),
+    [(1, 0.01, 1000, 1e-14), (1, 1e-7, 10**6, 1e-9), (0.7, 1e-7, 1000, 1e-5)],
 )
 def test_where_the_estimate_fails_connected_dots_answer(sigma, q, steps, delta):
     event = Repeated(PoissonSampled(q, Gaussian(sigma)), steps)

@@ -11,6 +11,7 @@ from sampled import Numbers, run
 from accountants import (
     ZERO_OUT,
     Gaussian,
+    PoissonSampled,
     Repeated,
     accountant,
 )  # fmt: skip
@@ -26,7 +27,6 @@ from dpopt import (
     UserSampling,
     per_layer,
 )  # fmt: skip
-from dpopt.budget import least_noise
 from dpopt.samplers import SAMPLERS, charges, noise_within, sized
 
 
@@ -134,4 +134,7 @@ def test_guarantee_the_least_noise_was_priced(name):
     assert price[0] <= 2.0 < price[1]
     with pytest.raises(BudgetExhausted, match="to pay for the run"):
         noise_within(Budget(1e-9, 1e-12), rule, whole)
-    assert least_noise(lambda noise: 0.0, 1.0, low=0.5) == 0.5
+    with pytest.raises(
+        ValueError, match="expected a budget that asks for noise; .* choose delta below 1 / number"
+    ):
+        noise_within(Budget(1.0, 0.5), rule, lambda noise: PoissonSampled(0.01, Gaussian(noise)))
