@@ -206,14 +206,16 @@ def _refuse_gradients(model: nn.Module, inputs: Inputs, chosen: int, batch_dim: 
     with (
         _undisturbed(model),
         torch.enable_grad(),
-        Tape(model, lambda _: Apart(chosen, "output"), batch_dim=batch_dim),
+        Tape(model, lambda _: Apart(chosen, "output"), batch_dim=batch_dim) as tape,
     ):
         outputs = model(*inputs.args, **dict(inputs.kwargs))
         floating = [x for x in pytree.tree_leaves(outputs) if is_floating(x) and x.requires_grad]
         rows = [x.movedim(batch_dim, 0) if x.dim() > 2 else x for x in floating if x.dim() > 0]
         num_examples = rows[0].shape[0] if rows else 0
         if num_examples > 1:
-            picked = [x[chosen].sum().real for x in rows if x.shape[0] == num_examples]
+            alike = [x for x in rows if x.shape[0] == num_examples]
+            tape.attribute(alike, num_examples)
+            picked = [x[chosen].sum().real for x in alike]
             torch.stack([x.to(picked[0].dtype) for x in picked]).sum().backward()
     return num_examples
 

@@ -55,6 +55,11 @@ class Manner:
         """The parameters that the own code uses."""
         return frozenset(place.name for place in self.places)
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether every output was shown to have rows of the examples."""
+        return bool(self.dims.outputs) and None not in self.dims.outputs
+
     def knows(self, calls: Sequence[ChildCall]) -> bool:
         """Whether a trial has seen every one of these calls."""
         return all(call.kind in self.children for call in calls)

@@ -41,6 +41,7 @@ from clipping.layers import Layer, recorded_layers, understood
 from clipping.meetings import Meeting
 from clipping.packed import packed_input, padded_gradients, refuse_packed
 from clipping.precision import exact_products
+from clipping.row_graph import losses_below
 from clipping.row_maps import RowMap
 from clipping.rules.dropouts import draws_masks
 from clipping.rules.generic import BatchDims, is_floating
@@ -193,17 +194,26 @@ class Tape:
         """Whether a backward runs that only asks whose rows are; it delivers nothing."""
         return self._attribution.asking
 
-    def attribute(
-        self, gates: Sequence[Any], num_examples: int, grads: Sequence[Tensor] | None = None
-    ) -> None:
+    def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find out whose the rows of layers are, where they are not the examples; see `clipping.attribution`.
 
-        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,). `grads` are sent back
-        from them; where they are left out, ones.
+        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,).
         """
-        if self.batch_dim == 0 and not self._paused:
-            sent = [torch.ones_like(gate) for gate in gates] if grads is None else grads
-            self._attribution.attribute(gates, sent, num_examples)
+        if self.batch_dim == 0 and not self.is_paused:
+            self._attribution.attribute(gates, num_examples)
+
+    def attribute_below(self, roots: Sequence[Any], num_examples: int) -> None:
+        """`attribute`, where a backward of `roots` begins and the losses are those that it is the mean or sum of."""
+        if (
+            self.batch_dim != 0
+            or self.is_paused
+            or self.is_asking
+            or not self._attribution.has_odd(num_examples)
+        ):
+            return
+        losses = losses_below(roots, num_examples)
+        if losses is not None or num_examples == 1:
+            self._attribution.attribute(roots if losses is None else [losses], num_examples)
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -376,7 +386,8 @@ class Tape:
         in_backward = torch._C._current_graph_task_id() != -1
         autocast = Autocast.of(floating[0].device.type)
         shared = None
-        if ran is None or ran.wait is None:  # else the module's own parameters are followed by autograd
+        # The module's own parameters are followed by autograd, or a trial has shown one row for each example.
+        if ran is None or (ran.wait is None and not ran.kept.is_batched):
             shared = self._shares.handed_out(layer, inputs, floating, autocast, in_backward)
         if isinstance(shared, list):
             supply = iter(shared)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,14 @@ class StepSum:
         self.probing.begin()
         self.tape.turns.renew()
 
+    def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
+        """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
+        if self.num_drawn is not None and self.num_part and self.probing.chosen is None:
+            self.tape.attribute_below(roots, self.num_part)
+
+    def after(self) -> None:
+        """It has ended."""
+
     def discard(self) -> None:
         """Forget what was collected; nothing of it was released."""
         self.sums.totals.clear()
@@ -199,6 +208,7 @@ class StepSum:
         num_rows = losses.shape[0]
         try:
             self._expect(num_rows, keep, records)
+            self.tape.attribute([losses], num_rows)
             if not self.probing.done and num_rows > 1:
                 self.probing.run([losses])
             self._backward(losses.mean() if self.sums.mean else losses.sum())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clipping.entrance import ENTRANCE
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
 from dpopt.open_runs import OpenRun
@@ -34,6 +35,7 @@ class Watch:
         # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
+        ENTRANCE.enter(self._step)
         probing = self._step.probing
         self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
@@ -49,6 +51,7 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        ENTRANCE.leave(self._step)
         self._step.tape.detach()
         self.order.detach()
 

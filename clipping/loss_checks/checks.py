@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.hooks import RemovableHandle
 
 from clipping.compiled import untraced
+from clipping.entrance import ENTRANCE
 from clipping.errors import MixesExamples
 from clipping.loss_checks.arithmetic import as_count, scaled
 from clipping.loss_checks.batch import tensors
-from clipping.loss_checks.entrance import ENTRANCE
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.loss_functions import counted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operation without a rule, tried: does an example's part of the output change when the others become its copies?
+"""An operation without a rule is tried: an example's part of its output must stay when the others become its copies.
 
 Shapes: B examples.
 """
