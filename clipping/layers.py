@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -123,3 +123,19 @@ def understood(layer: Layer, found: dict[str, SampleGrads], num_examples: int) -
             f"none of {missing}; return them, or freeze these parameters"
         )
     return {name: grads for name, grads in found.items() if name in layer.names}
+
+
+def entries(model: nn.Module, layers: Sequence[Layer]) -> dict[nn.Module, str]:
+    """Where a forward may begin, by name: the model, and its parts of up to two levels below that hold recorded layers.
+
+    Models of two towers are called by their parts.
+    """
+    recorded = {id(layer.module) for layer in layers}
+    found = {model: ""}
+    for name, module in model.named_modules():
+        is_part = (
+            name.count(".") < 2 and id(module) not in recorded and next(module.children(), None) is not None
+        )
+        if is_part and not isinstance(module, nn.ModuleList | nn.ModuleDict) and _holds(module):
+            found.setdefault(module, name)
+    return found

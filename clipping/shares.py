@@ -268,29 +268,32 @@ class Shares:
         self._rows = 0
         self._inside = False
         self._always = False
-        self._due = True
+        self._settled: set[str] = set()
+        self._entry = ""
         self._numbers: Counter[str] = Counter()
         self.forward: Forward | None = None
 
     def doubt(self) -> None:
         """Follow the next forward."""
-        self._due = True
+        self._settled.clear()
 
     def begin(
         self,
+        entry: str,
         rows: int,
         given: Sequence[Tensor],
         origin: Origin,
         take: Deliver,
         register: Callable[[Meeting], None],
     ) -> None:
-        """A forward of the model begins on so many rows of the tensors that it is `given`."""
+        """A forward of the model, or of its part `entry`, begins on so many rows of the tensors that it is `given`."""
         self.unwind()
+        self._entry = entry
         self._numbers.clear()
         self._made.clear()
         self._rows = rows
         self._inside = True
-        if self._due or self._always:
+        if self._always or entry not in self._settled:
             forward = Forward(rows, self._parameters, self._constants, origin, take, register)
             for value in given:
                 forward.values.note(value, known=False)
@@ -303,7 +306,7 @@ class Shares:
         self.unwind()
         if forward is None or forward.rows < 2:
             return
-        self._due = False
+        self._settled.add(self._entry)
         for key, uses in forward.uses.items():
             use = _settled(uses)
             self._plan[key] = use
@@ -361,7 +364,7 @@ class Shares:
                 return self.forward.call(layer, key, inputs, outputs, autocast)
             use = self._plan.get(key)
             if key not in self._seen:  # another way through the model than those that were followed
-                self._due = True
+                self._settled.discard(self._entry)
                 refuse_flat_indices(layer, inputs)
         if not isinstance(use, Spread) or len(outputs) > 1 or (use.lead == 0 and outputs[0].shape[0] != 1):
             return None

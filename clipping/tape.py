@@ -37,7 +37,7 @@ from clipping.errors import UnrecordedParameter
 from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
-from clipping.layers import Layer, recorded_layers, understood
+from clipping.layers import Layer, entries, recorded_layers, understood
 from clipping.meetings import Meeting
 from clipping.packed import packed_input, padded_gradients, refuse_packed
 from clipping.precision import exact_products
@@ -91,7 +91,8 @@ class Tape:
         self._folds = Folds(self.layers, batch_dim)
         self._batch_hint: int | None = None
         self._root_dims = 0
-        self._in_root = False
+        self._entries = entries(model, self.layers)
+        self._entry: nn.Module | None = None
         self._rerunning = False
         self._paused = False
         self._aside = False
@@ -118,8 +119,9 @@ class Tape:
             self._hooks.append(
                 module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
             )
-        self._hooks.append(self.model.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
-        self._hooks.append(self.model.register_forward_hook(left, always_call=True))
+        for module in self._entries:
+            self._hooks.append(module.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
+            self._hooks.append(module.register_forward_hook(left, always_call=True))
         for name, parameter in self.parameters.items():
             self._hooks.append(parameter.register_hook(Refusal(name, lambda: not self._aside)))
         HOOK_GUARDS.enter()
@@ -237,7 +239,10 @@ class Tape:
     # -- forward ----------------------------------------------------------------------------------------
 
     def _before_root(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._rerunning or self._aside or not torch.is_grad_enabled() or module is not self.model:
+        name = self._entries.get(module)
+        if name is None or self._rerunning or self._aside or not torch.is_grad_enabled():
+            return  # none of ours: a copy of the model, say
+        if module is not self.model and self._entry not in (None, module):
             return
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
@@ -251,10 +256,10 @@ class Tape:
         dim = self.batch_dim if first is not None and first.dim() > self.batch_dim else 0
         self._batch_hint = None if first is None else first.shape[dim]
         self._root_dims = 0 if first is None else first.dim()
-        self._in_root = True
+        self._entry = module
         self._origin = self.turns.origin()
         if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
-            self._shares.begin(self._batch_hint, tensors, self._origin, self._arrive, self._register)
+            self._shares.begin(name, self._batch_hint, tensors, self._origin, self._arrive, self._register)
 
     def _register(self, meeting: Meeting) -> None:
         self._attribution.note(meeting, meeting.place.rows)
@@ -262,9 +267,8 @@ class Tape:
             self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
-        if module is self.model:
-            self._in_root = False
-            self._origin = None
+        if module is self._entry:
+            self._entry = self._origin = None
             self._shares.end()
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -299,7 +303,7 @@ class Tape:
 
     def _begun(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         in_backward = torch._C._current_graph_task_id() != -1
-        hint = self._batch_hint if self._in_root or in_backward else None
+        hint = self._batch_hint if self._entry is not None or in_backward else None
         with self._frames.occupied(layer), self._again():
             begun = self._unruled.begin(layer, args, kwargs, hint, self._anchor, now=not in_backward)
         for child in begun.manner.called:
@@ -339,7 +343,7 @@ class Tape:
     def _serves(self, module: nn.Module, args: Any, kwargs: Any, outputs: object) -> bool:
         """Whether a recorded layer below a module without a rule can be left to its own rule."""
         layer = self._by_module.get(id(module))
-        hint = self._batch_hint if self._in_root else None
+        hint = self._batch_hint if self._entry is not None else None
         return layer is None or sees_the_batch(layer, Inputs(args, kwargs), outputs, self.batch_dim, hint)
 
     def _expanded(
@@ -349,7 +353,7 @@ class Tape:
         if layer.rule is None or not isinstance(layer.module, nn.Embedding):
             return None
         # Outside the model's own forward nothing is known of the batch, but for recomputed checkpoints.
-        known = self._in_root or torch._C._current_graph_task_id() != -1
+        known = self._entry is not None or torch._C._current_graph_task_id() != -1
         hint, dim = self._batch_hint if known else None, self.batch_dim
         leaves, spec = pytree.tree_flatten((args, kwargs))
         first = Inputs(args, kwargs).first
@@ -387,7 +391,7 @@ class Tape:
         autocast = Autocast.of(floating[0].device.type)
         shared = None
         # The module's own parameters are followed by autograd, or a trial has shown one row for each example.
-        if ran is None or (ran.wait is None and not ran.kept.is_batched):
+        if ran is None or (ran.wait is None and self._batch_hint != 1 and not ran.kept.manner.is_batched):
             shared = self._shares.handed_out(layer, inputs, floating, autocast, in_backward)
         if isinstance(shared, list):
             supply = iter(shared)

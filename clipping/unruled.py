@@ -50,11 +50,6 @@ class Kept(NamedTuple):
     rerun: Rerun
     num_examples: int
 
-    @property
-    def is_batched(self) -> bool:
-        """Whether all that the module returned has rows of the examples."""
-        return self.num_examples == 1 or self.manner.is_batched
-
     def recorded(self, layer: Layer) -> Layer:
         """`layer` with the names of those parameters only that are its record's to explain."""
         names = {local: name for local, name in layer.names.items() if name in self.manner.names}

@@ -6,6 +6,8 @@ Shapes: B examples.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ class Probing:
         self._part = part
         self._home = id(tape.model)
         self._apart: Apart | None = None
+        self._asking: bool | None = None
 
     def run(self, rows: list[Tensor]) -> None:
         """Refuse a model or loss where one example's row of `rows`, (B, ...) each, reaches another example.
@@ -84,10 +87,16 @@ class Probing:
 
         Layers tell of mixing behind them only; a model that centres its inputs by the batch mixes before them.
         """
-        if not self._wanted(model):
+        if not self._wanted(model) or self._asks_for_gradients(model):
             return None
         self.watched = []
         return pytree.tree_map_with_path(partial(self._watch, (args, kwargs)), (args, kwargs))
+
+    def _asks_for_gradients(self, model: nn.Module) -> bool:
+        # Such a model cannot be handed inputs that carry gradients already: torch refuses to set what is set.
+        if self._asking is None:
+            self._asking = any(asks_for_gradients(kind) for kind in {type(m) for m in model.modules()})
+        return self._asking
 
     def probe_outputs(self, model: nn.Module, _: Any, outputs: object) -> None:
         """Forward hook of the model: probe its outputs for a part, where a dimension is clearly the batch."""
@@ -146,6 +155,15 @@ class Probing:
                     "expected the output or loss of one example to depend on that example alone; got one that "
                     "depends on another example's input; look for inputs centred or scaled by the batch"
                 )
+
+
+def asks_for_gradients(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a kind of module sets `requires_grad` on something, as models of raw sound do on their input."""
+    try:
+        text = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(r"\.requires_grad(_\(\s*(True)?\s*\)|\s*=\s*True)", text) is not None
 
 
 def _places(inputs: object, path: pytree.KeyPath) -> tuple[tuple[int, int], ...]:

@@ -191,7 +191,7 @@ class LossChecks:
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
-        if second_order or self._tape.is_paused or not self._ready():
+        if second_order or self._tape.is_paused or self._tape.is_asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
             # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
