@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
@@ -47,7 +48,7 @@ from clipping.rules.registry import Inputs
 from clipping.structures import flatten, unflatten
 from clipping.tap import Autocast, Call, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
-from clipping.unruled import Begun, Kept, Ran, Unruled
+from clipping.unruled import Begun, Kept, Ran, Unruled, refuse_otherwise
 
 _TENSOR = object()
 
@@ -405,4 +406,6 @@ class Tape:
         if not record.num_examples:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
-            return self._unruled.gradients(call.layer, kept, leaves, grads)
+            found, same = self._unruled.gradients(call.layer, kept, leaves, grads)
+        record.check(partial(refuse_otherwise, call.layer, same), now=same is None or same.device.type == "cpu")
+        return found
