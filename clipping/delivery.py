@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clipping.layers import Layer
-from clipping.rules.dropouts import draws_masks
+from clipping.rules.dropouts import draws_masks, layer_batch_dim
 from clipping.rules.generic import is_floating
 from clipping.rules.registry import Inputs
 from clipping.structures import flatten
@@ -52,7 +52,7 @@ def sees_the_batch(layer: Layer, inputs: Inputs, outputs: object, batch_dim: int
         return True
     dims: tuple[int, ...] = ()
     if draws_masks(layer.module):
-        dims = (0 if layer.module.batch_first else 1,)  # pyright: ignore[reportAssignmentType]
+        dims = (layer_batch_dim(layer.module) or 0,)
     elif layer.rule is not None and layer.rule.batch_dims is not None:
         try:
             dims = layer.rule.batch_dims(layer.module, inputs, found)

@@ -103,6 +103,7 @@ class OwnRun:
         self.arrivals = arrivals
         self.calls: list[ChildCall] = []
         self.leaves: list[object] = []
+        self.inputs: list[Tensor] = []
         self.moved = False
         self._sources = sources
         self._opened = opened
@@ -158,6 +159,7 @@ class OwnRun:
         assert isinstance(value, Tensor)
         number = len(self.modules_of_inputs)
         self.modules_of_inputs.append(module)
+        self.inputs.append(value.detach())
         if not (value.requires_grad and torch.is_grad_enabled()):
             return value
         # A view, so that the child may change it in place, with a hook for the gradient by this use alone.

@@ -99,6 +99,7 @@ class Record:
         # The calls themselves: the id of one that is gone may be that of another.
         self._delivered: set[Point] = set()
         self._found: dict[str, SampleGrads] = {}
+        self._checks: list[Callable[[], None]] = []
         # Not a bound method: a cycle would keep a failed backward's tensors until the collector of cycles runs.
         self._collector = begin(partial(_idle, self._found, self._delivered, calls))
 
@@ -120,8 +121,17 @@ class Record:
         if whole:
             self._hand_over(whole)
 
+    def check(self, check: Callable[[], None], *, now: bool) -> None:
+        """Run `check`, at the end of the backward unless `now`: it waits for the device."""
+        if now:
+            check()
+        else:
+            self._checks.append(check)
+
     def complete(self) -> None:
         """Hand over the rest."""
+        for check in self._checks:
+            check()
         with self._lock, exact_products():
             self._hand_over(list(self._found))
             self._collector.complete(self.num_examples or 0)

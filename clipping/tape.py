@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
@@ -51,7 +52,7 @@ from clipping.shares import Shares
 from clipping.structures import flatten, unflatten
 from clipping.tap import Autocast, Call, Point, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
-from clipping.unruled import Begun, Kept, Ran, Unruled
+from clipping.unruled import Begun, Kept, Ran, Unruled, refuse_otherwise
 
 _TENSOR = object()
 
@@ -545,7 +546,9 @@ class Tape:
         if not kept.num_examples:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
-            return regrouped(self._unruled.gradients(call.layer, kept, leaves, grads), rows)
+            found, same = self._unruled.gradients(call.layer, kept, leaves, grads)
+        record.check(partial(refuse_otherwise, call.layer, same), now=same is None or same.device.type == "cpu")
+        return regrouped(found, rows)
 
     def _rows(
         self, record: Record, call: Call, grads: Sequence[Tensor | None], dims: Sequence[int | None]

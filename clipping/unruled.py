@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from clipping.errors import MixesExamples
 from clipping.frames import Opening
 from clipping.grads import SampleGrads
 from clipping.layers import Layer
@@ -21,9 +22,9 @@ from clipping.observed import Expanded, Serves, Subject
 from clipping.own_code import Arrivals, Mark, OwnRun
 from clipping.random_state import RandomState, Sources
 from clipping.rules.draws import Unreplayable
-from clipping.rules.dropouts import draws_masks
-from clipping.rules.examples import LOOP, Batch, BatchDims
-from clipping.rules.generic import generic
+from clipping.rules.dropouts import draws_masks, layer_batch_dim
+from clipping.rules.examples import Batch, BatchDims
+from clipping.rules.generic import generic, marks_of
 from clipping.rules.reruns import ChildCall, Moment, Place, Rerun, Strayed, floating_leaves
 from clipping.structures import Structure, flatten, unflatten
 from clipping.trials import settle
@@ -44,25 +45,24 @@ class Begun:
 
 
 class Kept(NamedTuple):
-    """One forward as it can be differentiated, but for its tensors: they are saved as autograd saves them."""
+    """One forward as it can be differentiated, but for its tensors: they are saved as autograd saves them.
+
+    `marks` are the fingerprints of what the own code gave out.
+    """
 
     manner: Manner
     rerun: Rerun
     num_examples: int
+    marks: tuple[Tensor | None, ...]
 
     def recorded(self, layer: Layer) -> Layer:
         """`layer` with the names of those parameters only that are its record's to explain."""
         names = {local: name for local, name in layer.names.items() if name in self.manner.names}
         return layer._replace(names=names)
 
-    @property
-    def num_leaves(self) -> int:
-        """How many of the leaves are the rerun's."""
-        return self.rerun.num_inputs + sum(call.num_leaves for call in self.rerun.calls)
-
 
 class Ran(NamedTuple):
-    """A forward that has ended: `leaves` are the rerun's, then outputs that must come again; `wait` for its children."""
+    """A forward that has ended: `leaves` are the rerun's; `wait` for its children."""
 
     kept: Kept
     leaves: list[object]
@@ -106,7 +106,9 @@ class Unruled:
         self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], hint: int | None, *, now: bool
     ) -> tuple[Manner, int]:
         leaves, _ = flatten((args, kwargs))
-        found = examples_of(leaves, hint, self._batch_dim)
+        batch_dim = layer_batch_dim(layer.module)
+        hint = hint if batch_dim in (None, self._batch_dim) else None
+        found = examples_of(leaves, hint, self._batch_dim if batch_dim is None else batch_dim)
         num_examples = 0 if found is None else found
         if found is None or (found == 1 and hint is not None and hint > 1):  # one call for all examples
             return self._single(layer, len(leaves)), 1
@@ -143,7 +145,9 @@ class Unruled:
         alike: Sequence[tuple[int | None, ...]],
     ) -> Manner:
         sources = Sources.of(layer.members, foreign=True)
-        return settle(self._subject(layer), args, kwargs, Size(num_examples, self._batch_dim, alike), sources)
+        batch_dim = layer_batch_dim(layer.module)
+        size = Size(num_examples, self._batch_dim if batch_dim is None else batch_dim, alike)
+        return settle(self._subject(layer), args, kwargs, size, sources)
 
     def _subject(self, layer: Layer) -> Subject:
         places = places_of(layer)
@@ -205,22 +209,22 @@ class Unruled:
         leaves, structure = flatten((args, kwargs))
         num_inputs = len(leaves)
         leaves = [begun.kept.get(i, x) for i, x in enumerate(leaves)]
-        calls, after = (), sources.read()
+        calls, given, after = (), [], sources.read()
         moved = not after.same(begun.before)
         if begun.opening is not None:
             run = begun.opening.run
             run.end()
-            moved, calls = run.moved, tuple(run.calls)
+            moved, calls, given = run.moved, tuple(run.calls), run.inputs
             leaves += run.leaves
             if not manner.knows(calls):
                 manner = self._widened(layer, begun, calls, leaves, structure)
         moment = Moment(begun.before, after, moved, begun.state, begun.tensors)
-        rerun = Rerun(
-            layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment
-        )
-        checked = moved or manner.engine is LOOP
-        leaves += floating_leaves(outputs) if checked else []
-        return Ran(Kept(manner, rerun, num_examples), leaves, begun.arrivals if manner.own else None)
+        rerun = Rerun(layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment)
+        marks: list[Tensor | None] = []
+        if manner.engine is not None:
+            batch = Batch((), manner.dims_of(calls), num_examples, None)
+            marks = marks_of([*floating_leaves(outputs), *given], batch.dims.outputs, batch)
+        return Ran(Kept(manner, rerun, num_examples, tuple(marks)), leaves, begun.arrivals if manner.own else None)
 
     def _widened(
         self,
@@ -251,20 +255,28 @@ class Unruled:
 
     def gradients(
         self, layer: Layer, kept: Kept, leaves: Sequence[object], grads: Sequence[Tensor | None]
-    ) -> dict[str, SampleGrads]:
-        """Per-example gradients by the module's own parameter names."""
+    ) -> tuple[dict[str, SampleGrads], Tensor | None]:
+        """Per-example gradients by the module's own parameter names, and whether the run was that of the forward."""
         manner = kept.manner
         refuse_shared(layer, manner, grads)
         parameters = {name: self._parameters[name] for name in manner.names}
-        dims = manner.dims_of(kept.rerun.calls)
-        batch = Batch(leaves[: kept.num_leaves], dims, kept.num_examples, None)
-        outputs: Any = leaves[kept.num_leaves :]
+        batch = Batch(leaves, manner.dims_of(kept.rerun.calls), kept.num_examples, None)
         try:
-            found = generic(kept.rerun, manner.engine, batch, parameters, grads, outputs, manner.why)
+            found = generic(kept.rerun, manner.engine, batch, parameters, grads, kept.marks, manner.why)
         except (Unreplayable, Strayed) as error:
             raise _cannot_replay(layer, error) from error
         local = {name: local for local, name in reversed(layer.names.items())}
-        return {local[name]: value for name, value in found.items()}
+        return {local[name]: value for name, value in found.gradients.items()}, found.same
+
+
+def refuse_otherwise(layer: Layer, same: Tensor | None) -> None:
+    """Raise `MixesExamples` where examples alone gave something else than in the batch."""
+    if same is not None and not bool(same):
+        raise MixesExamples(
+            f"expected module {layer.name or 'model'!r} ({type(layer.module).__name__}), which has no rule of its own, to "
+            "give each example the output it gives that example alone; got another output in this batch, so it mixes "
+            "examples where the batch tells it to; decide for each row by itself (torch.where)"
+        )
 
 
 def places_of(layer: Layer) -> tuple[Place, ...]:

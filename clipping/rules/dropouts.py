@@ -31,3 +31,10 @@ def draws_masks(module: nn.Module) -> bool:
 def draws_unseen(modules: Iterable[nn.Module]) -> bool:
     """Whether a layer among `modules` draws masks inside a fused kernel, whose generator nobody else sees."""
     return any(isinstance(x, nn.RNNBase) and _drops(x) and not _on_cpu(x) for x in modules)
+
+
+def layer_batch_dim(module: nn.Module) -> int | None:
+    """Where such a layer defines its batch, whatever the model around it does; None for other modules."""
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return 0 if module.batch_first else 1
+    return None

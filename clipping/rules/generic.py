@@ -10,15 +10,16 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipping.errors import MixesExamples
 from clipping.grads import Dense, SampleGrads
 from clipping.rules.checkpoints import unpacked
 from clipping.rules.draws import Draw, TakingDown, Unreplayable
 from clipping.rules.examples import LOOP, VMAP, Batch, BatchDims, Engine, Found, backward
+from clipping.rules.fingerprints import alike, fingerprint, tolerance_of
 from clipping.rules.reruns import Rerun, Strayed, is_floating
 
 __all__ = ["BatchDims", "agree", "batch_dim_of", "generic", "is_floating", "taken_down"]
@@ -39,8 +40,7 @@ def agree(alone: Tensor, batched: Tensor) -> bool:
     """Whether two tensors (B, ...) agree within rounding; an example of 1e38 does not excuse the others."""
     if alone.shape != batched.shape:
         return False
-    half = batched.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(batched.device.type)
-    tolerance = 1e-9 if batched.dtype in (torch.float64, torch.complex128) else 5e-2 if half else 1e-3
+    tolerance = tolerance_of(batched)
     if batched.numel() == 0:
         return True
     finite = torch.isfinite(alone) & torch.isfinite(batched)
@@ -69,31 +69,59 @@ def _copies(leaves: Sequence[object]) -> list[object]:
     return [x.clone() if isinstance(x, Tensor) else x for x in leaves]
 
 
+class Differentiated(NamedTuple):
+    """Per-example gradients by name, and whether the examples gave what the forward gave: a flag on the device."""
+
+    gradients: dict[str, SampleGrads]
+    same: Tensor | None
+
+
 def generic(
     rerun: Rerun,
     engine: Engine | None,
     batch: Batch,
     parameters: Mapping[str, Tensor],
     cotangents: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
+    marks: Sequence[Tensor | None],
     why: str,
-) -> dict[str, SampleGrads]:
-    """Per-example gradients of `parameters`, by name.
+) -> Differentiated:
+    """Per-example gradients of `parameters`.
 
-    `cotangents` holds a gradient or None for each floating-point output of the own code, `outputs` those of the forward
-    that ran where they must be given again. Without an `engine`, the batch is one example.
+    `cotangents` holds a gradient or None for each floating-point output of the own code, `marks` the fingerprints of
+    those of the forward that ran. Without an `engine`, the batch is one example.
     """
     if engine is None:
         found = _alone(rerun, batch, parameters, cotangents)
-        return {name: Dense(value.unsqueeze(0), why) for name, value in found.items()}
+        return Differentiated({name: Dense(value.unsqueeze(0), why) for name, value in found.items()}, None)
     if rerun.moment.moved:
         draws, again = taken_down(rerun, batch.leaves, parameters)
-        if not all(agree(a[None], b[None]) for a, b in zip(again, outputs, strict=False)):
+        same = _same(marks_of(again, batch.dims.outputs, batch), marks, again)
+        if same is not None and not bool(same):
             raise Unreplayable("run again from the same random state, it gives another output")
         batch = batch._replace(draws=draws)
     each = _differentiated(rerun, engine, batch, parameters, cotangents)
-    _compare(rerun, batch, each.outputs, outputs)
-    return {name: Dense(value, why) for name, value in each.gradients.items()}
+    gradients: dict[str, SampleGrads] = {name: Dense(value, why) for name, value in each.gradients.items()}
+    alone = [None if m is None else fingerprint(x) for x, m in zip(each.outputs, marks, strict=False)]
+    return Differentiated(gradients, _same(alone, marks, each.outputs))
+
+
+def marks_of(
+    outputs: Sequence[Tensor], dims: Sequence[int | None], batch: Batch
+) -> list[Tensor | None]:
+    """The fingerprint of each output that holds the batch."""
+    pairs = zip(outputs, dims, strict=False)
+    return [None if d is None else fingerprint(batch.rows(x, d).movedim(d, 0)) for x, d in pairs]
+
+
+def _same(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> Tensor | None:
+    flags = [
+        alike(a, b, tolerance_of(x))
+        for a, b, x in zip(first, second, outputs, strict=False)
+        if a is not None and b is not None
+    ]
+    return torch.stack(flags).all() if flags else None
 
 
 def _alone(
@@ -106,17 +134,6 @@ def _alone(
             raise Unreplayable("run again from the same random state, it draws another number of times")
         pairs = zip(outputs, cotangents, strict=True)
         return backward([(out, c) for out, c in pairs if c is not None and out.requires_grad], variables)
-
-
-def _compare(rerun: Rerun, batch: Batch, alone: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Refuse another output than that of the forward: a branch that the whole batch decided on."""
-    for one, known, dim in zip(alone, outputs, batch.dims.outputs, strict=False):
-        if dim is not None and not agree(one, batch.rows(known, dim).movedim(dim, 0)):
-            raise MixesExamples(
-                f"expected {type(rerun.module).__name__}, which has no rule of its own, to give each example the output it "
-                "gives that example alone; got another output in this batch, so it decides by the whole batch; decide for "
-                "each row (torch.where)"
-            )
 
 
 def _differentiated(

@@ -428,7 +428,8 @@ class Recurrent(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None])[0][:, -1]
+        h = x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None]
+        return self.layer(h)[0][:, -1] if self.layer.batch_first else self.layer(h.transpose(0, 1))[0][-1]
 
 
 class Skips(nn.Module):
@@ -541,16 +542,17 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 class Attends(nn.Module):
     """An encoder layer of torch, whose attention drops weights too."""
 
-    def __init__(self, batch_first: bool, needs: bool = False) -> None:
+    def __init__(self, needs: bool = False) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(D, 2, 8, dropout=0.3, batch_first=batch_first)
-        self.attention = nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True) if needs else None
+        self.layer = nn.TransformerEncoderLayer(D, 2, 8, dropout=0.3, batch_first=True)
+        self.attention = nn.MultiheadAttention(D, 2, dropout=0.3) if needs else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.unsqueeze(1) * torch.linspace(0.5, 1.5, T, dtype=x.dtype)[:, None]
         if self.attention is not None:
+            h = h.transpose(0, 1)
             out, weights = self.attention(h, h, h)
-            return out.mean(1) + weights.sum((1, 2))[:, None]
+            return out.mean(0) + weights.sum((1, 2))[:, None]
         return self.layer(h).mean(1)
 
 
@@ -558,9 +560,10 @@ RANDOM_MODULES: dict[str, Callable[[], nn.Module]] = {
     "dropout in children": lambda: Layers(0.4),
     "dropout in nested children": lambda: Nested(0.3),
     "children left out by chance": Skips,
-    "an encoder layer of torch": lambda: Attends(True),
-    "attention that drops its weights": lambda: Attends(True, True),
+    "an encoder layer of torch": lambda: Attends(),
+    "attention that drops its weights": lambda: Attends(True),
     "dropout between recurrent layers": lambda: Recurrent(nn.LSTM(D, D, 2, dropout=0.4, batch_first=True)),
+    "dropout between layers, positions first": lambda: Recurrent(nn.GRU(D, D, 2, dropout=0.4)),
     "dropout between layers, a first state": lambda: Beside(partial(nn.GRU, num_layers=2, dropout=0.3)),
 }
 

@@ -308,9 +308,7 @@ def attends(x):
 REFUSED = {
     "packed": (Owning, packed, TypeError, r"padded tensors .*; got a PackedSequence, .*to nn.LSTM, nn.GRU or nn.RNN only"),
     "one sequence": (lambda: nn.GRU(D, 6), lambda m: m(torch.randn(T, D)), ValueError, r"got \(3, 8\), a single sequence .*unsqueeze"),
-    "dropout": (lambda: nn.LSTM(D, 6, 2, dropout=0.1), lambda m: m(torch.randn(T, B, D)), ValueError, r"without dropout between its layers; got dropout=0.1, .*nn.Dropout between"),
     "one cell input": (lambda: nn.LSTMCell(D, 6), lambda m: m(torch.randn(D)), ValueError, r"inputs \(B, D\) at LSTMCell; got \(8,\), .*unsqueeze"),
-    "attention dropout": (lambda: nn.MultiheadAttention(D, 2, dropout=0.1), attends(torch.randn(T, B, D)), MixesExamples, r"without dropout while training; got .*dropout=0.1.*layer.self_attn.dropout = 0.0"),
     "one query": (lambda: nn.MultiheadAttention(D, 2), attends(torch.randn(T, D)), ValueError, r"a batch \(B, L, E\) .*; got an output of shape \(3, 8\), .*unsqueeze"),
     "one image": (lambda: nn.Conv2d(3, D, 2), lambda m: m(torch.randn(3, 5, 5)), ValueError, r"4 dimensions, the batch first, at Conv2d; got \(3, 5, 5\), .*unsqueeze"),
     "one image enlarged": (lambda: nn.ConvTranspose1d(3, D, 2), lambda m: m(torch.randn(3, 5)), ValueError, r"3 dimensions, .* at ConvTranspose1d"),
