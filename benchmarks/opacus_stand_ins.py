@@ -217,9 +217,10 @@ def _language():
         )  # fmt: skip
 
     transformers.BertConfig.from_pretrained = config
-    transformers.BertTokenizer = transformers.BertTokenizerFast = Tokenizer
     model = transformers.BertForSequenceClassification
     model.from_pretrained = lambda *_, config, **__: model(config)
+    top = sys.modules["transformers"]  # another module by now: it puts itself anew where models are loaded
+    top.BertTokenizer = top.BertTokenizerFast = Tokenizer
     _module("transformers.data", __path__=[])
     _module("transformers.data.processors", __path__=[])
     _module("transformers.data.processors.utils", InputExample=types.SimpleNamespace)
@@ -267,6 +268,8 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    install()
+    from benchmarks import opacus_stand_ins
+
+    opacus_stand_ins.install()  # whose classes can be pickled, other than those of __main__
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
