@@ -10,6 +10,7 @@
 from accountants import calibrate
 from accountants.best import AdaptiveSchedule, best
 from accountants.curve import Accountant, Bound, Curve
+from accountants.event_data import from_dict, to_dict
 from accountants.events import (
     BY_POSITION,
     BY_RECORD,
@@ -25,16 +26,16 @@ from accountants.events import (
     Repeated,
     TruncatedPoisson,
     UnpricedEvent,
-    from_dict,
-    leaves,
-    to_dict,
 )
 from accountants.filter import BudgetExhausted, Filter, budget_filter, choose_order
 from accountants.group import GroupCurve, group
-from accountants.ledger import Ledger, LedgerLocked, LedgerNotDurable
-from accountants.records import History, LedgerCorrupt, Record, charged, read, verify
+from accountants.ledger import Ledger
+from accountants.ledger_bound import ledger_bound
+from accountants.nests import leaves
+from accountants.records import History, Record, charged, read, verify
 from accountants.registry import accountant
 from accountants.relations import ADD_REMOVE, RELATIONS, REPLACE, ZERO_OUT
+from accountants.storage import LedgerCorrupt, LedgerLocked, LedgerNotDurable
 
 __all__ = [
     "ADD_REMOVE",
@@ -77,6 +78,7 @@ __all__ = [
     "from_dict",
     "group",
     "leaves",
+    "ledger_bound",
     "read",
     "to_dict",
     "verify",

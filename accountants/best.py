@@ -2,8 +2,9 @@
 """The tightest of the valid bounds, for parameters that were not chosen from outputs of the mechanism."""
 
 from accountants.curve import Accountant, Bound, check_delta
-from accountants.events import Event, leaves
+from accountants.events import Event
 from accountants.feedback import FeedbackPricing
+from accountants.nests import charged_under, leaves
 from accountants.pld import PLD
 from accountants.prv import PRV
 from accountants.rdp import RDP
@@ -19,7 +20,7 @@ class AdaptiveSchedule(ValueError):
     """A bound for parameters fixed in advance was asked for parameters chosen from private outputs."""
 
 
-def best(event: Event, delta: float, *, schedule: str = "fixed", relation: str = ADD_REMOVE) -> Bound:
+def best(event: Event, delta: float, *, schedule: str = "fixed", relation: str | None = None) -> Bound:
     """Bound the epsilon of `event` at `delta` by the least of the bounds that hold; `Bound.method` says which.
 
     Args:
@@ -27,7 +28,8 @@ def best(event: Event, delta: float, *, schedule: str = "fixed", relation: str =
         delta: the delta of the guarantee.
         schedule: where the parameters in `event` come from, one of `SCHEDULES`. Steps not taken count too: when
             training may stop early, price the steps that were planned.
-        relation: which datasets are neighbours, one of `relations.RELATIONS`.
+        relation: which datasets are neighbours, one of `relations.RELATIONS`; None: as the charges of a ledger say,
+            else add-or-remove-one.
 
     Raises:
         AdaptiveSchedule: `schedule` is "dp_history"; only a `Filter` covers that.
@@ -46,6 +48,7 @@ def best(event: Event, delta: float, *, schedule: str = "fixed", relation: str =
             "which composing what happened is no bound (delta is exceeded 1.5 times); spend through a Filter"
         )
     check_delta(delta)
+    relation = relation or next(iter(charged_under(event)), ADD_REMOVE)
     bounds = [_bound(PLD(relation=relation), event, delta)]
     if bounds[0].method == "rdp":
         bounds.append(_bound(PRV(relation=relation), event, delta))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from accountants.curve import Accountant, Curve, check_count, check_delta
 from accountants.events import Composed, Event, Gaussian, PoissonSampled, Repeated
+from accountants.nests import shown
 from accountants.registry import DEFAULT, rough
 from accountants.registry import accountant as named
 from accountants.relations import ADD_REMOVE
@@ -188,7 +189,7 @@ def num_steps(
     found = last(prices, epsilon, start=1, most=_MOST_STEPS)
     if found is None:
         raise ValueError(
-            f"event must use up the budget; got {event!r}, of which 10^18 runs fit within epsilon {epsilon:g} at delta "
+            f"event must use up the budget; got {shown(event)}, of which 10^18 runs fit within epsilon {epsilon:g} at delta "
             f"{delta:g}; check its noise and its rate, or give a smaller budget"
         )
     return found

@@ -21,41 +21,51 @@ An event says nothing about *how* the numbers (s, q, n) were chosen; a bound is 
 before the data were seen, unless the accountant says otherwise (`Accountant.adaptive`).
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, field
 
 
 class UnpricedEvent(ValueError):
     """An event for which no price is known; the message names the leaf and its place in the nest."""
 
 
-def _require(ok: bool, name: str, expected: str, got: object, remedy: str) -> None:
+MOST = sys.float_info.max
+"""The largest number of an event: what a float holds."""
+DEEPEST = 100
+"""How deep one charge may be nested; twice as deep what is made of charges."""
+
+
+def require(ok: bool, name: str, expected: str, got: object, remedy: str) -> None:
+    """Raise ValueError in three parts unless `ok`."""
     if not ok:
+        if isinstance(got, int) and abs(got) > MOST:
+            raise ValueError(
+                f"{name} must be {expected}, at most 1e308; got an integer of {got.bit_length()} bits; {remedy}"
+            )
         raise ValueError(f"{name} must be {expected}; got {got!r}; {remedy}")
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
-def _is_event(value: object) -> bool:
-    return type(value) in _KINDS.values()
+def is_event(value: object) -> bool:
+    """Tell whether `value` is an event."""
+    return type(value) in KINDS.values()
 
 
 def _check_rate(rate: object) -> None:
     ok = isinstance(rate, int | float) and _is_real(rate) and 0 <= rate <= 1
-    _require(ok, "sampling_rate", "a probability in [0, 1]", rate, "pass batch size / dataset size")
+    require(ok, "sampling_rate", "a probability in [0, 1]", rate, "pass batch size / dataset size")
 
 
 def _check_positive(value: object, name: str) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    _require(ok, name, "an integer >= 1", value, "pass a public number")
+    ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+    require(ok, name, "an integer >= 1", value, "pass a public number")
 
 
 def _check_event(event: object) -> None:
-    _require(_is_event(event), "event", "an event", event, "wrap a mechanism, e.g. Gaussian(1.0)")
+    require(is_event(event), "event", "an event", event, "wrap a mechanism, e.g. Gaussian(1.0)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         s = self.noise_multiplier
         ok = _is_real(s) and s >= 0
-        _require(ok, "noise_multiplier", "a finite number >= 0", s, "pass noise std / sensitivity")
+        require(ok, "noise_multiplier", "a finite number >= 0", s, "pass noise std / sensitivity")
         object.__setattr__(self, "noise_multiplier", float(s))
 
 
@@ -119,7 +129,7 @@ class FixedSize:
         _check_positive(self.batch_size, "batch_size")
         _check_positive(self.num_records, "num_records")
         ok = self.batch_size <= self.num_records
-        _require(ok, "batch_size", f"at most num_records={self.num_records}", self.batch_size, "lower it")
+        require(ok, "batch_size", f"at most num_records={self.num_records}", self.batch_size, "lower it")
         _check_event(self.event)
 
 
@@ -142,7 +152,7 @@ class OncePerEpoch:
     def __post_init__(self) -> None:
         _check_positive(self.steps, "steps")
         known = (BY_RECORD, BY_POSITION)
-        _require(self.assignment in known, "assignment", f"one of {known}", self.assignment, "say which")
+        require(self.assignment in known, "assignment", f"one of {known}", self.assignment, "say which")
         _check_event(self.event)
 
 
@@ -169,14 +179,14 @@ class HiddenFeedback:
     def __post_init__(self) -> None:
         _check_rate(self.sampling_rate)
         s, c, r = self.noise_multiplier, self.feedback, self.residual
-        _require(
+        require(
             _is_real(s) and s >= 0,
             "noise_multiplier",
             "a finite number >= 0",
             s,
             "pass noise std / threshold",
         )
-        _require(
+        require(
             _is_real(c) and c > 0,
             "feedback",
             "a finite number > 0",
@@ -184,7 +194,7 @@ class HiddenFeedback:
             "pass C2 / C1, or PoissonSampled for 0",
         )
         ok = r is None or (_is_real(r) and r > 0)
-        _require(ok, "residual", "a finite number > 0 or None", r, "pass the bound on one residual / C1")
+        require(ok, "residual", "a finite number > 0 or None", r, "pass the bound on one residual / C1")
         for name in ("sampling_rate", "noise_multiplier", "feedback"):
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "residual", None if r is None else float(r))
@@ -199,24 +209,29 @@ class Repeated:
 
     def __post_init__(self) -> None:
         n = self.count
-        ok = isinstance(n, int) and not isinstance(n, bool) and n >= 0
-        _require(ok, "count", "an integer >= 0", n, "pass the number of runs as an int")
+        ok = isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST
+        require(ok, "count", "an integer >= 0", n, "pass the number of runs as an int")
         _check_event(self.event)
 
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """All of `events`, on the same dataset. The empty composition releases nothing and costs nothing."""
+    """All of `events`, on the same dataset. The empty composition releases nothing and costs nothing.
+
+    `relation` says under which neighbouring relation they were charged (`accountants.relations`): an accountant of
+    another one refuses them. None: of no ledger, to be priced under any. It takes no part in comparisons.
+    """
 
     events: "tuple[Event, ...]"
+    relation: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         ok = isinstance(self.events, tuple)
-        _require(ok, "events", "a tuple of events", self.events, "pass tuple(events)")
+        require(ok, "events", "a tuple of events", self.events, "pass tuple(events)")
+        ok = self.relation is None or isinstance(self.relation, str)
+        require(ok, "relation", "the name of a relation or None", self.relation, "leave it out")
         for i, event in enumerate(self.events):
-            _require(
-                _is_event(event), f"events[{i}]", "an event", event, "wrap it in NonPrivate() if unknown"
-            )
+            require(is_event(event), f"events[{i}]", "an event", event, "wrap it in NonPrivate() if unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,122 +242,10 @@ class NonPrivate:
 Leaf = Gaussian | PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch | HiddenFeedback | NonPrivate
 Event = Leaf | Repeated | Composed
 
-_KINDS: dict[str, type[Event]] = {
+KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
         Gaussian, PoissonSampled, TruncatedPoisson, FixedSize, OncePerEpoch, HiddenFeedback, Repeated, Composed,
         NonPrivate
     )
 }  # fmt: skip
-
-_BUILD: Mapping[str, Callable[..., Event]] = _KINDS
-
-
-def to_dict(event: Event) -> dict[str, object]:
-    """Write the event as plain JSON data: its fields, and its class name under `kind`."""
-    if not _is_event(event):
-        raise UnpricedEvent(f"an event must be one of {', '.join(_KINDS)}; got {event!r}; use NonPrivate()")
-    data: dict[str, object] = {"kind": type(event).__name__}
-    for field in fields(event):
-        value = getattr(event, field.name)
-        if field.name == "events":
-            data[field.name] = [to_dict(item) for item in value]
-        else:
-            data[field.name] = to_dict(value) if field.name == "event" else value
-    return data
-
-
-def from_dict(data: Mapping[str, object]) -> Event:
-    """Read the event that `to_dict` wrote.
-
-    Raises:
-        ValueError: an unknown kind, an unknown or a missing field, or a value out of range.
-    """
-    _require(isinstance(data, Mapping), "an event", "a mapping with a 'kind'", data, "pass to_dict's output")
-    name = data.get("kind")
-    kind = _KINDS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(
-            f"kind must be one of {', '.join(_KINDS)}; got {name!r}; upgrade or correct the record"
-        )
-    expected = {field.name for field in fields(kind)}
-    given = set(data) - {"kind"}
-    if given != expected:
-        raise ValueError(
-            f"{name} must have exactly the fields {sorted(expected)}; got {sorted(given)}; "
-            "remove the unknown ones and add the missing ones"
-        )
-    values = {key: _value(data[key]) for key in expected}
-    return _BUILD[kind.__name__](**values)
-
-
-def _value(value: object) -> object:
-    if isinstance(value, Mapping):
-        return from_dict(value)
-    if isinstance(value, list):
-        return tuple(from_dict(item) for item in value)
-    return value
-
-
-def leaves(event: Event) -> tuple[tuple[Leaf, int], ...]:
-    """List the mechanisms inside `event` with their total counts, equal ones merged, in a canonical order.
-
-    The order of composition does not matter to any bound, so it is not kept. Sampling at rate 1 is dropped,
-    events that take no part (rate 0, count 0) vanish, and no noise is written as `NonPrivate`.
-
-    Raises:
-        UnpricedEvent: sampling around anything but one Gaussian; the message gives the path to the leaf.
-    """
-    counts: Counter[Leaf] = Counter()
-    for leaf, count in _walk(event, 1, "event"):
-        if count:
-            counts[leaf] += count
-    return tuple(sorted(counts.items(), key=lambda item: repr(item[0])))
-
-
-def _walk(event: Event, count: int, path: str) -> Iterator[tuple[Leaf, int]]:
-    match event:
-        case (
-            PoissonSampled(sampling_rate=0)
-            | TruncatedPoisson(sampling_rate=0)
-            | HiddenFeedback(sampling_rate=0)
-        ):
-            return
-        case Gaussian(noise_multiplier=0) | HiddenFeedback(noise_multiplier=0):
-            yield NonPrivate(), count
-        case Gaussian() | HiddenFeedback() | NonPrivate():
-            yield event, count
-        case PoissonSampled(sampling_rate=1, event=inner):
-            yield from _walk(inner, count, f"{path}.PoissonSampled.event")
-        case TruncatedPoisson(max_batch_size=m, num_records=n) if m >= n:
-            yield from _walk(PoissonSampled(event.sampling_rate, event.event), count, path)
-        case PoissonSampled() | TruncatedPoisson() | FixedSize() | OncePerEpoch():
-            yield _sampled(event, path), count
-        case Repeated(event=inner, count=n):
-            yield from _walk(inner, count * n, f"{path}.Repeated.event")
-        case Composed(events=events):
-            for i, inner in enumerate(events):
-                yield from _walk(inner, count, f"{path}.Composed.events[{i}]")
-        case _:
-            raise UnpricedEvent(
-                f"{path} must be an event; got {event!r}; use NonPrivate() for an unknown release"
-            )
-
-
-def _sampled(event: PoissonSampled | TruncatedPoisson | FixedSize | OncePerEpoch, path: str) -> Leaf:
-    match event.event:
-        case NonPrivate() | Gaussian(noise_multiplier=0):
-            return NonPrivate()
-        case Gaussian():
-            return event
-        case HiddenFeedback() as inner:
-            raise UnpricedEvent(
-                f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}, whose error is shared by all "
-                "steps and comes back whoever is sampled: nothing amplifies it; charge HiddenFeedback itself, which "
-                "holds the sampling rate of its records"
-            )
-        case inner:
-            raise UnpricedEvent(
-                f"{path}.{type(event).__name__}.event must be a Gaussian; got {inner!r}; draw a fresh sample for each "
-                "release (Repeated outside the sampling), or merge the releases into one Gaussian"
-            )

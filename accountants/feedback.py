@@ -46,8 +46,9 @@ from dataclasses import dataclass, replace
 
 from accountants.curve import Accountant, Bound, Curve, check_count, check_delta, check_epsilon
 from accountants.energies import Chain, Runs, chained_delta, chained_epsilon, mixture
-from accountants.events import Composed, Event, Gaussian, HiddenFeedback, PoissonSampled, Repeated, leaves
-from accountants.relations import REPLACE
+from accountants.events import Composed, Event, Gaussian, HiddenFeedback, PoissonSampled, Repeated
+from accountants.nests import leaves
+from accountants.relations import REPLACE, require_charged_under
 
 HIDDEN_FEEDBACK = "hidden feedback: the clipped gradient is amplified by sampling, what is fed back is not"
 BOUNDED_RESIDUAL = (
@@ -156,6 +157,7 @@ class FeedbackPricing:
 
     def curve(self, event: Event) -> Curve:
         """Price `event`; raises `UnpricedEvent`, naming the leaf."""
+        require_charged_under(event, self.relation)
         items = leaves(event)
         runs = tuple((leaf, n) for leaf, n in items if isinstance(leaf, HiddenFeedback))
         if not runs:

@@ -10,123 +10,159 @@ would be an odometer) and is not reported.
 | `Filter.at_order` | sum rho(a) <= B(a, delta), one a fixed in advance | Feldman, Zrnic 2021, arXiv:2008.11193, theorem 4.3 |
 | `Filter.over_orders` | for some a of a finite set, sum rho(a) <= B(a, w_a delta), sum w_a <= 1 | below |
 | `Filter.at_all_orders` | for all a of a set, sum rho(a) <= B(a, delta) | each order alone suffices |
-| `Filter.of_gaussians` | sum 1 / noise_multiplier^2 <= mu^2; full batches only | Smith, Thakurta 2022, arXiv:2210.17520 |
+| `Filter.of_gaussians` | sum 1 / noise_multiplier^2 <= mu^2; full batches, whole epochs | Smith, Thakurta 2022, arXiv:2210.17520 |
 
-with rho the Renyi divergence of a step, B(a, d) = epsilon + (log d - log c)/(a - 1), c = (1 - 1/a)^(a-1) / a (the
+with rho the Renyi divergence of a step under the relation of the filter, B(a, d) = epsilon + (log d - log c)/(a - 1), c = (1 - 1/a)^(a-1) / a (the
 conversion of Canonne, Kamath, Steinke 2020, arXiv:2004.00010, proposition 12).
 
 Why several orders hold: give each transcript one order for which the rule held at its last step. With L the
 loss of the transcript, (1 - exp(epsilon - L))_+ <= c exp((a-1)(L - epsilon)) for every a, and
 exp((a-1)(L - sum rho(a))) is a supermartingale of mean <= 1; so the transcripts of order a add w_a delta at most.
 
+Why any relation will do: nothing here asks what makes D and D' neighbours. The supermartingale is that of one pair
+(D, D') in one direction, and needs D_a(step on D || step on D') <= rho(a) given the outputs so far. Each mechanism has a pair
+that dominates it under the relation (`accountants.relations`), and x^a is a mixture of (x - u)_+ with weights
+a (a-1) u^(a-2) >= 0 and of linear terms, so that the moment of order a of the likelihood ratio grows with the curve: that of the
+dominating pair is above it. A record replaced costs the divergence of its own pair, for a full batch a
+Gaussian of 2 / noise_multiplier in place of 1. A step that a Gaussian pair dominates is a post-processing of that pair
+(Blackwell 1953, as in section 2 of Dong, Roth, Su 2022, arXiv:1905.02383), so the Gaussian rule takes the noise that the
+relation leaves.
+
+At another delta the same charges prove another epsilon: with all sums within B(a), delta(e) is at most
+sum over a of c exp((a-1) (B(a) - e)), the least term alone where every order must hold.
+
 What does *not* hold: stopping when the least epsilon over the orders, or the epsilon of "pld" or "prv" for what
 happened, reaches the budget. Weights that add up to more than 1 are that rule and are refused: with orders 5 and
 12, epsilon 3 and delta 1e-5 an adversary reaches delta 1.5e-5.
+
+One filter is one budget. On a ledger, the rule is the ledger's: all filters made there are the same one, and direct
+charges count in it and are held to it (`accountants.ledger`).
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from accountants.closed import total_mu
-from accountants.curve import ADD_OR_REMOVE, Accountant, Bound
-from accountants.events import Event, Gaussian, UnpricedEvent
-from accountants.gaussian import gaussian_delta
-from accountants.ledger import Ledger
-from accountants.rdp import ORDERS, RDP
-from accountants.records import Scalar
-from accountants.relations import ADD_REMOVE, priced
-
-Array = NDArray[np.float64]
-
-ADAPTIVE_SCHEDULE = (
-    "each release may depend on the released outputs before it, and on nothing else that is private"
+from accountants.curve import Accountant, Bound
+from accountants.events import Event
+from accountants.filter_rule import (
+    ADAPTIVE_SCHEDULE,
+    EVERY,
+    ONE,
+    SOME,
+    BudgetExhausted,
+    Rule,
+    check_budget,
+    gaussian_rule,
+    renyi_divergences,
+    renyi_limits,
+    renyi_rule,
 )
+from accountants.ledger import Ledger
+from accountants.ledger_bound import ledger_bound
+from accountants.rdp import ORDERS
+from accountants.records import Scalar
+from accountants.relations import ADD_REMOVE, check_relation, priced, require_charged_under
+from accountants.spending import Book, Memory
 
-_ROUNDING = 1e-12  # relative; covers adding up a million charges
-
-
-class BudgetExhausted(RuntimeError):
-    """The next release would exceed the budget; it was neither charged nor made."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a charge costs at each order, the limits, and how many orders must hold; `config` names it all."""
-
-    cost: Callable[[Event], Array]
-    limits: Array
-    every: bool
-    config: dict[str, object]
-    method: str
-
-    def holds(self, totals: Array) -> bool:
-        within = totals * (1 + _ROUNDING) <= self.limits
-        return bool(within.all() if self.every else within.any())
+__all__ = ["ADAPTIVE_SCHEDULE", "BudgetExhausted", "Filter", "budget_filter", "choose_order"]
 
 
 class Filter:
     """A budget (epsilon, delta) that later choices may not overrun. Make it before the first release.
 
     With a ledger, charges are durable before `spend` returns, earlier charges count, and the rule is declared
-    in it: a resumed run with another rule, or a rule made after the first charge, is refused.
+    in it: it governs the ledger for good. A resumed run with another rule, or a rule made after the first charge, is
+    refused. `relation` says which datasets are neighbours: the ledger's own, or else add-or-remove-one.
 
     Guarantees:
-        - the transcript of all accepted releases is (epsilon, delta) private, adding or removing one record.
+        - the transcript of all accepted releases is (epsilon, delta) private under `relation`.
         - refused before the release: what raises `BudgetExhausted` was neither charged nor counted.
         - no charge is ever lost: a charge that failed to become durable is counted.
+        - one at a time: of several threads, only as many are accepted as fit.
     """
 
-    __slots__ = ("_ledger", "_rule", "_totals", "delta", "epsilon")
+    __slots__ = ("_book", "_ledger", "_rule", "delta", "epsilon")
 
-    def __init__(self, epsilon: float, delta: float, rule: _Rule, ledger: Ledger | None) -> None:
-        self.epsilon, self.delta = epsilon, delta
+    def __init__(self, rule: Rule, ledger: Ledger | None) -> None:
+        self.epsilon, self.delta = rule.epsilon, rule.delta
         self._rule, self._ledger = rule, ledger
-        self._totals = np.zeros_like(rule.limits)
+        self._book: Book = Memory(rule) if ledger is None else ledger
         if ledger is not None:
-            _declare(ledger, {"epsilon": epsilon, "delta": delta, **rule.config})
-            self._totals = self._totals + rule.cost(ledger.events())
+            ledger.govern(rule)
 
     @classmethod
-    def at_order(cls, epsilon: float, delta: float, *, order: float, ledger: Ledger | None = None) -> Self:
+    def at_order(
+        cls,
+        epsilon: float,
+        delta: float,
+        *,
+        order: float,
+        ledger: Ledger | None = None,
+        relation: str | None = None,
+    ) -> Self:
         """Fix one order; `choose_order` finds a good one. The cheapest rule when the plan is about kept."""
-        return cls(epsilon, delta, _renyi_rule(epsilon, delta, {order: 1.0}, False, "one order"), ledger)
+        return cls(renyi_rule(epsilon, delta, {order: 1.0}, ONE, _relation(ledger, relation)), ledger)
 
     @classmethod
     def over_orders(
-        cls, epsilon: float, delta: float, *, weights: Mapping[float, float], ledger: Ledger | None = None
+        cls,
+        epsilon: float,
+        delta: float,
+        *,
+        weights: Mapping[float, float],
+        ledger: Ledger | None = None,
+        relation: str | None = None,
     ) -> Self:
         """Split delta over a few orders by `weights` (order: weight); any one of them may pay in the end."""
-        if math.fsum(weights.values()) > 1 + 1e-12:
-            raise ValueError(
-                f"weights must add up to at most 1; got {math.fsum(weights.values()):g}: the least epsilon over "
-                "several orders at full delta is no bound for adaptive choices; divide the weights by their sum"
-            )
-        return cls(epsilon, delta, _renyi_rule(epsilon, delta, weights, False, "some order"), ledger)
+        return cls(renyi_rule(epsilon, delta, weights, SOME, _relation(ledger, relation)), ledger)
 
     @classmethod
     def at_all_orders(
-        cls, epsilon: float, delta: float, *, orders: Iterable[float], ledger: Ledger | None = None
+        cls,
+        epsilon: float,
+        delta: float,
+        *,
+        orders: Iterable[float],
+        ledger: Ledger | None = None,
+        relation: str | None = None,
     ) -> Self:
         """Ask every order to hold: never better than the best of them alone."""
-        rule = _renyi_rule(epsilon, delta, dict.fromkeys(orders, 1.0), True, "every order")
-        return cls(epsilon, delta, rule, ledger)
+        weights = dict.fromkeys(orders, 1.0)
+        return cls(renyi_rule(epsilon, delta, weights, EVERY, _relation(ledger, relation)), ledger)
 
     @classmethod
-    def of_gaussians(cls, epsilon: float, delta: float, *, ledger: Ledger | None = None) -> Self:
-        """Accept full-batch Gaussians only, and lose nothing against a schedule fixed in advance."""
-        _check_budget(epsilon, delta)
-        mu = _largest_mu(epsilon, delta)
-        rule = _Rule(_squared_mu, np.array([mu * mu]), True, {"rule": "gaussian"}, "gaussian filter")
-        return cls(epsilon, delta, rule, ledger)
+    def of_gaussians(
+        cls, epsilon: float, delta: float, *, ledger: Ledger | None = None, relation: str | None = None
+    ) -> Self:
+        """Accept Gaussians on full batches or whole epochs only; nothing is lost against a schedule fixed before."""
+        return cls(gaussian_rule(epsilon, delta, _relation(ledger, relation)), ledger)
+
+    @classmethod
+    def of_ledger(cls, ledger: Ledger) -> Self:
+        """Go on with the filter that governs `ledger`.
+
+        Raises:
+            ValueError: none does.
+        """
+        if ledger.rule is None:
+            raise ValueError(
+                "the ledger must be governed by a filter; got one without; make it with budget_filter(..., ledger=) "
+                "before the first charge"
+            )
+        return cls(ledger.rule, ledger)
+
+    @property
+    def relation(self) -> str:
+        """Which datasets are neighbours, one of `relations.RELATIONS`."""
+        return self._rule.relation
 
     def would_accept(self, event: Event) -> bool:
         """Tell whether `event` still fits. Free of charge: it looks at public numbers only."""
-        return self._rule.holds(self._totals + self._rule.cost(event))
+        require_charged_under(event, self.relation)
+        return self._book.spending.has_room(event)
 
     def spend(self, event: Event, *, context: Mapping[str, Scalar] | None = None) -> None:
         """Charge `event`. Draw the noise only after this has returned.
@@ -140,24 +176,25 @@ class Filter:
             LedgerNotDurable: it could not be written; release nothing.
             UnpricedEvent: no price is known for it.
         """
-        totals = self._totals + self._rule.cost(event)
-        if not self._rule.holds(totals):
-            raise BudgetExhausted(
-                f"the release must fit epsilon {self.epsilon:g} at delta {self.delta:g} ({self._rule.method}); got "
-                f"{event!r} with {self.remaining():.3g} of the budget left; add noise, or stop here"
-            )
-        self._totals = totals
-        if self._ledger is not None:
-            self._ledger.charge(event, context=context)
+        self._book.charge(event, context=context)
+
+    def affords(self, event: Event) -> int:
+        """Count how many charges of `event` still fit; 10^9 where that many do."""
+        require_charged_under(event, self.relation)
+        return self._book.spending.affords(event)
 
     def remaining(self) -> float:
         """Return the part of the budget that is left, in [0, 1], in the units of the rule. A public number."""
-        left = 1 - self._totals / self._rule.limits
-        return max(0.0, float(left.min() if self._rule.every else left.max()))
+        return self._book.spending.left()
 
-    def bound(self) -> Bound:
-        """Return what is guaranteed: the budget itself, however much of it was used."""
-        return Bound(self.epsilon, self.delta, self._rule.method, (ADD_OR_REMOVE, ADAPTIVE_SCHEDULE))
+    def bound(self, delta: float | None = None) -> Bound:
+        """Return what is guaranteed: the budget itself, however much of it was used; or what it proves at `delta`.
+
+        Infinite where a ledger holds more than its filter allows, which no version of this library writes.
+        """
+        if self._ledger is None:
+            return self._rule.bound(delta)
+        return ledger_bound(self._ledger, self.delta if delta is None else delta)
 
 
 def budget_filter(
@@ -167,6 +204,7 @@ def budget_filter(
     planned: Event,
     accountant: Accountant | None = None,
     ledger: Ledger | None = None,
+    relation: str | None = None,
 ) -> Filter:
     """Make the filter that fits a plan: exact for full-batch Gaussians, else one Renyi order erring low.
 
@@ -176,22 +214,31 @@ def budget_filter(
         planned: about what will be released; it chooses the rule, it binds nobody.
         accountant: the accountant that prices the run; refused unless it is fit for adaptive choices.
         ledger: where charges go.
+        relation: which datasets are neighbours; None: as the ledger or else the accountant says, or add-or-remove-one.
 
     Raises:
-        ValueError: the accountant needs a schedule fixed in advance ("pld", "prv").
+        ValueError: the accountant needs a schedule fixed in advance ("pld", "prv"), or prices another relation.
     """
     if accountant is not None and not accountant.adaptive:
         raise ValueError(
             f"accountant must be adaptive to feed a filter; got {accountant.name!r}, whose bound for what happened "
             "is exceeded 1.5 times in delta when parameters follow outputs; pass 'rdp', or fix the schedule"
         )
-    items = priced(planned, ADD_REMOVE).pairs
-    if items and total_mu(items) is not None:
-        return Filter.of_gaussians(epsilon, delta, ledger=ledger)
-    return Filter.at_order(epsilon, delta, order=choose_order(planned, epsilon, delta), ledger=ledger)
+    if accountant is not None and relation not in (None, accountant.relation):
+        raise ValueError(
+            f"relation must be that of the accountant, {accountant.relation!r}; got {relation!r}; pass one of them"
+        )
+    under = _relation(ledger, relation if accountant is None else accountant.relation)
+    items, slip = priced(planned, under)
+    if items and not slip and total_mu(items) is not None:
+        return Filter.of_gaussians(epsilon, delta, ledger=ledger, relation=under)
+    order = choose_order(planned, epsilon, delta, relation=under)
+    return Filter.at_order(epsilon, delta, order=order, ledger=ledger, relation=under)
 
 
-def choose_order(planned: Event, epsilon: float, delta: float, *, keep: float = 0.95) -> float:
+def choose_order(
+    planned: Event, epsilon: float, delta: float, *, keep: float = 0.95, relation: str = ADD_REMOVE
+) -> float:
     """Choose the lowest Renyi order that affords at least the part `keep` of what the best one does of `planned`.
 
     Too high an order is ruinous where the noise falls below the plan, too low an order is not. If the noise may
@@ -200,8 +247,10 @@ def choose_order(planned: Event, epsilon: float, delta: float, *, keep: float = 
     Raises:
         ValueError: no order can afford anything at this budget.
     """
-    _check_budget(epsilon, delta)
-    limits, cost = _limits(ORDERS, epsilon, delta), _divergences(planned)
+    epsilon, delta = check_budget(epsilon, delta)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a part in (0, 1]; got {keep!r}; leave it out")
+    limits, cost = renyi_limits(ORDERS, epsilon, delta), renyi_divergences(planned, relation)
     if not (limits > 0).any():
         raise ValueError(
             f"epsilon must afford some order at delta={delta:g}; got {epsilon:g}; raise epsilon or delta"
@@ -211,87 +260,13 @@ def choose_order(planned: Event, epsilon: float, delta: float, *, keep: float = 
     return float(ORDERS[good].min())
 
 
-def _renyi_rule(
-    epsilon: float, delta: float, weights: Mapping[float, float], every: bool, name: str
-) -> _Rule:
-    _check_budget(epsilon, delta)
-    orders = sorted(weights)
-    if not orders or not all(order in ORDERS for order in orders) or min(weights.values()) <= 0:
+def _relation(ledger: Ledger | None, relation: str | None) -> str:
+    if relation is not None:
+        check_relation(relation)
+    if ledger is None:
+        return relation or ADD_REMOVE
+    if relation not in (None, ledger.relation):
         raise ValueError(
-            f"orders must be among rdp.ORDERS with weights > 0; got {dict(weights)!r}; use choose_order()"
+            f"relation must be that of the ledger, {ledger.relation!r}; got {relation!r}; leave it out"
         )
-    shares = np.array([min(1.0, weights[order]) for order in orders])
-    limits = _limits(np.array(orders), epsilon, delta * shares)
-    if not (limits > 0).any() or (every and not (limits > 0).all()):
-        raise ValueError(
-            f"orders must be affordable at epsilon={epsilon:g}, delta={delta:g}; got {orders}; raise the orders"
-        )
-    indices = np.searchsorted(np.sort(ORDERS), orders)
-    places = np.argsort(ORDERS)[indices]
-    config: dict[str, object] = {"rule": name, "orders": orders, "weights": shares.tolist()}
-    listed = ", ".join(f"{order:g}" for order in orders)
-    method = f"renyi filter, {name} of {listed}"
-    return _Rule(lambda event: _divergences(event)[places], np.maximum(limits, 1e-300), every, config, method)
-
-
-def _divergences(event: Event) -> Array:
-    """The Renyi divergences of `event`; a slip in delta has no place in a Renyi budget."""
-    curve = RDP().curve(event)
-    if not curve.slip:
-        return curve.values
-    raise UnpricedEvent(
-        f"a filter must be fed mechanisms with a Renyi price; got {event!r}, which costs delta {curve.slip:.3g} besides; "
-        "sample by Poisson without a largest batch, or fix the schedule"
-    )
-
-
-def _limits(orders: Array, epsilon: float, delta: float | Array) -> Array:
-    """The budget B(a, delta) of each order, rounded down."""
-    a = orders
-    limits = epsilon + (np.log(delta) + np.log(a)) / (a - 1) - np.log1p(-1 / a)
-    return limits - _ROUNDING * (1 + epsilon - np.log(np.min(delta)) / (a - 1))
-
-
-def _squared_mu(event: Event) -> Array:
-    total = 0.0
-    for leaf, count in priced(event, ADD_REMOVE).pairs:
-        if not isinstance(leaf, Gaussian):
-            raise ValueError(
-                f"a gaussian filter must be fed full-batch Gaussians; got {leaf!r}; use Filter.at_order for samples"
-            )
-        total += count / leaf.noise_multiplier / leaf.noise_multiplier
-    return np.array([total])
-
-
-def _largest_mu(epsilon: float, delta: float) -> float:
-    low, high = 0.0, 1.0
-    while gaussian_delta(high, epsilon) <= delta:
-        low, high = high, 2 * high
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(middle, epsilon) <= delta else (low, middle)
-    return low
-
-
-def _declare(ledger: Ledger, config: dict[str, object]) -> None:
-    """Write the rule into the ledger, or find it there unchanged."""
-    declared = [attempt["filter"] for attempt in ledger.attempts if "filter" in attempt]
-    if any(other != config for other in declared):
-        raise ValueError(
-            f"the filter of a ledger must never change; got {config}, declared before: {declared[0]}; "
-            "make it as declared, or start a ledger of its own if the populations differ"
-        )
-    if not declared and ledger.num_charges:
-        raise ValueError(
-            f"a filter must be declared before the first charge; got a ledger with {ledger.num_charges} charges; "
-            "its order was to be fixed before the data were seen: use a fixed schedule"
-        )
-    if not declared:
-        ledger.attempt({"filter": config})
-
-
-def _check_budget(epsilon: float, delta: float) -> None:
-    if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
-        raise ValueError(f"epsilon must be a finite number > 0; got {epsilon!r}; pass e.g. epsilon=2.0")
-    if not (isinstance(delta, int | float) and 0 < delta < 1):
-        raise ValueError(f"delta must be a number in (0, 1); got {delta!r}; pass e.g. delta=1e-5")
+    return ledger.relation

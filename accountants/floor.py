@@ -21,8 +21,9 @@ from accountants.closed import closed_epsilon
 from accountants.curve import check_delta
 from accountants.direction import MAX_POINTS, MAX_WORK, Direction, Steps, few_digits
 from accountants.dots import FARTHEST, UNIT, Law, gaussian, inner, rounded
-from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled, UnpricedEvent, leaves
+from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled, UnpricedEvent
 from accountants.loss import Step
+from accountants.nests import leaves
 from accountants.outlook import ORDERS, Outlook, fast_size
 from accountants.pld import PLD
 from accountants.relations import ADD_REMOVE, as_step, extreme, priced

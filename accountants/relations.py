@@ -58,9 +58,9 @@ from accountants.events import (
     PoissonSampled,
     TruncatedPoisson,
     UnpricedEvent,
-    leaves,
 )
 from accountants.loss import FIXED, POISSON, SHIFTED, Step
+from accountants.nests import charged_under, leaves
 
 ADD_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
 
@@ -95,11 +95,31 @@ def check_relation(relation: str) -> None:
         )
 
 
+def relation_named(text: str) -> str:
+    """Return the name of a relation that is told by name or in the words of `RELATIONS`; others as they are."""
+    return next((name for name, words in RELATIONS.items() if text == words), text)
+
+
+def require_charged_under(event: Event, relation: str) -> None:
+    """Refuse to price under `relation` what was charged under another one.
+
+    Raises:
+        UnpricedEvent: a part of `event` comes from a ledger of another relation.
+    """
+    others = [mark for mark in charged_under(event) if mark != relation]
+    if others:
+        raise UnpricedEvent(
+            f"the charges of a ledger must be priced under its own relation, {others[0]}; got {relation}; pass "
+            f"relation={others[0]!r} to the accountant, or ask ledger_bound()"
+        )
+
+
 def priced(event: Event, relation: str) -> Priced:
     """Find for each mechanism in `event` the pair that dominates it under `relation`.
 
     Raises:
-        UnpricedEvent: nothing is proven for a mechanism under this relation; the message names it.
+        UnpricedEvent: nothing is proven for a mechanism under this relation, and the message names it; or the event
+            was charged under another one.
 
     Guarantees
     ----------
@@ -107,6 +127,7 @@ def priced(event: Event, relation: str) -> Priced:
     (Zhu, Dong, Wang 2022, arXiv:2106.08567, theorem 10; module docstring).
     """
     check_relation(relation)
+    require_charged_under(event, relation)
     counts: Counter[Pair] = Counter()
     slip = 0.0
     for leaf, count in leaves(event):

@@ -5,9 +5,16 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from pathlib import Path
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# Whatever has the name: opening a pipe does not wait for its other end.
+_OPEN = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class LedgerCorrupt(ValueError):
+    """A ledger file does not verify; the message gives the line."""
 
 
 class LedgerLocked(RuntimeError):
@@ -23,6 +30,7 @@ def open_locked(path: Path, header: bytes, *, new: bool) -> tuple[int, bool]:
 
     Raises:
         FileExistsError: it exists, and `new` says that it must not.
+        LedgerCorrupt: it is no regular file.
         LedgerLocked: somebody else has it open.
         LedgerNotDurable: it could not be created.
     """
@@ -39,6 +47,17 @@ def open_locked(path: Path, header: bytes, *, new: bool) -> tuple[int, bool]:
         return _open(path), False  # another process was faster
 
 
+def open_for_reading(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading, without a lock; other things are refused and never waited for.
+
+    Raises:
+        LedgerCorrupt: it is no regular file.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | _OPEN)
+    return _regular(fd, path)
+
+
 def write_durably(fd: int, line: bytes) -> None:
     """Write all of `line` and synchronise it."""
     rest = memoryview(line)
@@ -47,36 +66,62 @@ def write_durably(fd: int, line: bytes) -> None:
     getattr(os, "fdatasync", os.fsync)(fd)
 
 
-def read_whole(fd: int) -> bytes:
-    """All bytes of the open file, not of whatever has its name by now."""
-    os.lseek(fd, 0, os.SEEK_SET)
-    with os.fdopen(fd, "rb", closefd=False) as file:
-        return file.read()
-
-
 def require_untouched(fd: int, size: int, path: Path) -> None:
-    """Refuse a file that somebody else removed, replaced or changed while it was open.
+    """Refuse a file that somebody else moved, removed, replaced or changed while it was open.
 
     Raises:
-        LedgerNotDurable: what would be written next would be lost or would break the chain.
+        LedgerNotDurable: what would be written next would be lost, or would break the chain.
     """
-    status = os.fstat(fd)
-    if status.st_nlink == 0 or status.st_size != size:
-        got = "removed or replaced" if status.st_nlink == 0 else f"changed to {status.st_size} bytes"
-        raise LedgerNotDurable(
-            f"{path} must be left alone during a run; got it {got} by something else; release nothing, put a copy "
-            "with all its charges back, and open the ledger again"
-        )
+    require_in_place(fd, path)
+    found = os.fstat(fd).st_size
+    if found != size:
+        raise _touched(path, f"changed to {found} bytes")
+
+
+def require_in_place(fd: int, path: Path) -> None:
+    """Refuse a file that its name does not lead to any more, whatever other names it has.
+
+    Raises:
+        LedgerNotDurable: who looks for the ledger at `path` would not find what is written to it.
+    """
+    held = os.fstat(fd)
+    try:
+        named = os.stat(path)
+    except OSError as error:
+        got = "removed" if held.st_nlink == 0 else "moved away"
+        raise _touched(path, f"{got} ({os.strerror(error.errno or 0)})") from error
+    if held.st_nlink == 0 or (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
+        raise _touched(path, "replaced by another file")
+
+
+def _touched(path: Path, got: str) -> LedgerNotDurable:
+    return LedgerNotDurable(
+        f"{path} must be left alone during a run; got it {got}; release nothing, put a copy with all its charges "
+        "back (or the file itself, if it was moved), and open the ledger again"
+    )
 
 
 def _open(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = _regular(os.open(path, os.O_RDWR | _OPEN), path)
     try:
         _lock(fd, path)
+        require_in_place(fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _regular(fd: int, path: str | os.PathLike[str]) -> int:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    got = kinds.get(stat.S_IFMT(mode), "something else")
+    raise LedgerCorrupt(f"{path} must be a file to be a ledger; got {got}; give the name of a file")
 
 
 def _create(path: Path, header: bytes) -> int:

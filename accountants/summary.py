@@ -57,8 +57,8 @@ def summary(history: History) -> Summary:
     outside, attempts = _attempts(records)
     return Summary(
         id=str(header.payload.get("id")),
-        unit=str(header.payload.get("unit")),
-        relation=str(header.payload.get("relation")),
+        unit=history.unit,
+        relation=history.relation,
         head=history.records[-1].hash,
         num_records=len(history.records),
         num_charges=sum(record.kind == "charge" for record in records),

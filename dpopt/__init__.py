@@ -31,6 +31,7 @@ from dpopt.estimators import (
     Slack,
     TwoThreshold,
 )
+from dpopt.filtered import AdaptiveBudget
 from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
@@ -41,6 +42,7 @@ from dpopt.users import Users, UserSampling
 
 __all__ = [
     "AdamBC",
+    "AdaptiveBudget",
     "AutomaticClipper",
     "Averaged",
     "BallsInBins",

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from accountants import Accountant, Bound, Event, Ledger
+from accountants import Accountant, Bound, Event, Ledger, ledger_bound
 from dpopt.budget import Budget
 from dpopt.configuration import declared_assumptions, refuse_changed
 from dpopt.estimators.prices import Prices
+from dpopt.filtered import AdaptiveBudget, FilteredPayments, refuse_governed
 from dpopt.ledgers import default_ledger, insecurity, opened
 from dpopt.payments import Payments
 
@@ -28,9 +29,9 @@ class Account:
     unit: str
     relation: str
     rule: Accountant
-    budget: Budget | None
+    budget: Budget | AdaptiveBudget | None
     new_configuration: bool
-    _payments: Payments | None = None
+    _payments: Payments | FilteredPayments | None = None
 
     @classmethod
     def at(
@@ -40,7 +41,7 @@ class Account:
         unit: str,
         relation: str,
         rule: Accountant,
-        budget: Budget | None,
+        budget: Budget | AdaptiveBudget | None,
         new_configuration: bool,
     ) -> Account:
         """One at `path`, or at the first free place."""
@@ -53,7 +54,7 @@ class Account:
         return self._payments is not None
 
     @property
-    def payments(self) -> Payments:
+    def payments(self) -> Payments | FilteredPayments:
         """The rounds of this run, and what was paid for them."""
         if self._payments is None:
             raise RuntimeError("expected an open run; got one not entered yet; use it in a `with` statement")
@@ -72,10 +73,17 @@ class Account:
         return ledger
 
     def begin(self, ledger: Ledger, config: Mapping[str, object], prices: Prices, length: int) -> None:
-        """Check configuration and budget, and note the run on the ledger; `length` is that of a round."""
-        if not self.new_configuration:
-            refuse_changed(ledger.attempts, config, self.path)
-        self._payments = Payments.begin(ledger, prices, length, self.budget, self.rule, self.path)
+        """Check configuration and budget, and note the run on the ledger; `length` is that of a round.
+
+        Within a filter any configuration may follow any other.
+        """
+        if isinstance(self.budget, AdaptiveBudget):
+            self._payments = FilteredPayments.begin(ledger, prices, length, self.budget, self.path)
+        else:
+            refuse_governed(ledger, self.path)
+            if not self.new_configuration:
+                refuse_changed(ledger.attempts, config, self.path)
+            self._payments = Payments.begin(ledger, prices, length, self.budget, self.rule, self.path)
         ledger.attempt(config, event=prices.at(0))
 
     def tell(self) -> None:
@@ -88,8 +96,12 @@ class Account:
             self._payments.ledger.close()
 
     def bound(self, delta: float) -> Bound:
-        """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
-        bound = self.rule.curve(self.ledger.events()).bound(delta)
+        """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions.
+
+        Where a filter governs it, that is the filter's guarantee, however much was spent.
+        """
+        rule = self.rule if self.ledger.rule is None else None
+        bound = ledger_bound(self.ledger, delta, accountant=rule)
         attempts = self.ledger.attempts
         said = (*bound.assumptions, *declared_assumptions(attempts), *insecurity(attempts))
         return replace(bound, assumptions=said)

@@ -11,6 +11,7 @@ import torch
 from accountants import Event, to_dict
 from clipping import Clipper, GroupClipper
 from dpopt.budget import Budget
+from dpopt.filtered import AdaptiveBudget
 from dpopt.mechanisms import Mechanism
 from dpopt.sampling import Sampling
 
@@ -31,7 +32,7 @@ def configuration(
     accountant: str,
     randomness: str,
     assumptions: Sequence[str],
-    budget: Budget | None,
+    budget: Budget | AdaptiveBudget | None,
     insecure_seed: int | None,
 ) -> dict[str, object]:
     """The public configuration of a run, as its ledger keeps it."""

@@ -47,7 +47,7 @@ class Payments:
 
     def number(self, draw: int | None) -> int:
         """The number, in this run, of the charge that pays for `draw`; None: of the next charge."""
-        return self.rounds.charged - (draw is not None and self.rounds.is_paid(draw))
+        return self.rounds.number(draw)
 
     def event(self, draw: int) -> Event:
         """What the charge for `draw` pays for."""

@@ -51,6 +51,10 @@ class Rounds:
         """The round of a draw, and its place there."""
         return divmod(draw, self.length)
 
+    def number(self, draw: int | None) -> int:
+        """The number of the charge that pays for `draw`; None: of the next charge."""
+        return self.charged - (draw is not None and self.is_paid(draw))
+
     def is_paid(self, draw: int) -> bool:
         """Whether the round of this draw has been charged."""
         return self.place(draw)[0] == self._paid

@@ -22,6 +22,7 @@ from dpopt.differences import add_difference
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.prices import Prices, prices, require_priced
 from dpopt.estimators.releases import mechanism_of, release, scaled
+from dpopt.filtered import AdaptiveBudget, FilteredPayments
 from dpopt.gradients import write_gradients
 from dpopt.mechanisms import Mechanism
 from dpopt.payments import Payments
@@ -38,7 +39,7 @@ class PrivateTraining:
 
     `clipper` or an `estimator` (`dpopt.estimators`; the run takes a fresh one of its numbers), `mechanism` and `sampling`
     fix what one step releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`,
-    printed). `relation` says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is.
+    printed); with an `AdaptiveBudget`, `mechanism` may be set anew from what was released. `relation` says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is.
     A run that continues a ledger is refused under another configuration than that of the last, unless
     `new_configuration` says that it is meant.
     `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
@@ -75,7 +76,7 @@ class PrivateTraining:
         estimator: Estimator | None = None,
         mechanism: Mechanism,
         sampling: Sampling,
-        budget: Budget | None = None,
+        budget: Budget | AdaptiveBudget | None = None,
         ledger: str | Path | None = None,
         accountant_name: str = "prv",
         unit: str | None = None,
@@ -120,6 +121,7 @@ class PrivateTraining:
             costs=costs,
         )
         self._begun: int | None = None
+        self._drawn_by = sampling
         self._randomness = randomness
         self._tier = self._new_tier()
         bounds, sizes = self.sum.bounds_and_sizes()
@@ -135,6 +137,7 @@ class PrivateTraining:
     def __enter__(self) -> PrivateTraining:
         """Open the ledger, check the budget, clear every `.grad` and start recording."""
         self._begun = None
+        self._drawn_by = self.sampling
         if self._account.was_open:
             # Charges number the noise, and a ledger that was put back or taken away counts them again.
             self._tier = self._new_tier()
@@ -169,7 +172,7 @@ class PrivateTraining:
         return self._account.path
 
     @property
-    def payments(self) -> Payments:
+    def payments(self) -> Payments | FilteredPayments:
         """The rounds of this run, and what was paid for them."""
         return self._account.payments
 
@@ -198,6 +201,7 @@ class PrivateTraining:
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
         unchanged.require_open(self._open)
+        self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
         return Draw(self._tier.draw(self.sampling, num_records, *rounds.place(number)), number)
@@ -328,8 +332,16 @@ class PrivateTraining:
                 "expected a batch drawn since the last release; got none; take one from batches(...) first"
             )
         self._watch.check()
+        self._require_sampling()
         self.payments.check(self._begun, self.event, self.steps)
         return self._begun
+
+    def _require_sampling(self) -> None:
+        if self.sampling is not self._drawn_by:
+            raise RuntimeError(
+                f"expected the sampling that the run began with, {self._drawn_by}; got {self.sampling}, whose draws are "
+                "priced otherwise; start a run of its own on the same ledger"
+            )
 
     def _new_tier(self) -> Tier:
         return fresh_tier(self._randomness, self.insecure_seed, self.sampling, self.sum.parameters.values())

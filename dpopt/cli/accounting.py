@@ -12,11 +12,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from accountants import Curve, Event, Gaussian, PoissonSampled, Repeated, UnpricedEvent, calibrate, read
-from accountants.records import event_of
+from accountants import (
+    ADD_REMOVE,
+    Composed,
+    Curve,
+    Event,
+    Gaussian,
+    History,
+    PoissonSampled,
+    Repeated,
+    UnpricedEvent,
+    calibrate,
+    ledger_bound,
+)
+from accountants.ledger_bound import known_relation
 from accountants.registry import ACCOUNTANTS
 from accountants.registry import accountant as named
 from dpopt.cli.failures import exit_codes
+from dpopt.cli.reading import ledger_at, patience, runs
 from dpopt.report import rounded_up
 
 NAMES = ", ".join(sorted(ACCOUNTANTS))
@@ -41,13 +54,19 @@ def epsilon(
     plot: Annotated[Path | None, typer.Option(help="Write epsilon over steps (or charges) as a PNG.")] = None,
 ) -> None:
     """Print upper bounds on epsilon of Poisson-sampled Gaussian steps, or of everything on a ledger."""
-    with exit_codes(Console(stderr=True)):
+    errors = Console(stderr=True)
+    with exit_codes(errors):
+        relation = ADD_REMOVE
         if ledger is not None:
             if (noise_multiplier, sampling_rate, steps) != (None, None, None):
                 raise ValueError(
                     "a ledger or a plan must be given; got both; leave the options of the plan out"
                 )
-            releases, unit = _charges(ledger), "charges"
+            history = ledger_at(ledger, errors)
+            if history.rule is not None:
+                _print_guarantee(history, delta, accountant, plot)
+                return
+            releases, unit, relation = runs(history), "charges", known_relation(history)
         elif noise_multiplier is None or sampling_rate is None or steps is None:
             raise ValueError(
                 "--noise-multiplier, --sampling-rate and --steps must be given, or --ledger; got less; add the others"
@@ -56,9 +75,10 @@ def epsilon(
             step = PoissonSampled(sampling_rate, Gaussian(noise_multiplier))
             releases, unit = ((step, Repeated(step, steps).count),), "steps"
         title = f"{ledger or 'The plan'}: {sum(count for _, count in releases)} {unit}, delta {delta:g}"
-        _print_prices(releases, delta, accountant, title)
-        if plot is not None:
-            _plot(releases, delta, accountant, unit, plot)
+        with patience(errors, f"pricing {len(releases)} different mechanisms"):
+            _print_prices(releases, delta, accountant, title, relation)
+            if plot is not None:
+                _plot(releases, delta, accountant, unit, plot, relation)
 
 
 def noise_multiplier(
@@ -138,38 +158,41 @@ def _solver(
     return solve, next(name for name, value in missing.items() if value is None)
 
 
-def _charges(path: Path) -> tuple[tuple[Event, int], ...]:
-    """Read the charges of a ledger in their order, runs of equal ones merged."""
-    runs: list[tuple[Event, int]] = []
-    for record in read(path).records:
-        event = event_of(record) if record.kind == "charge" else None
-        if event is not None:
-            same = bool(runs) and runs[-1][0] == event
-            runs[-1:] = [(event, runs[-1][1] + 1)] if same else [*runs[-1:], (event, 1)]
-    return tuple(runs)
-
-
-def _curve(releases: tuple[tuple[Event, int], ...], name: str, count: int | None = None) -> Curve:
+def _curve(
+    releases: tuple[tuple[Event, int], ...], name: str, relation: str, count: int | None = None
+) -> Curve:
     """Return the curve of all releases, or of the first `count`."""
-    rule = named(name)
-    total, left = None, sum(n for _, n in releases) if count is None else count
+    parts, left = [], sum(n for _, n in releases) if count is None else count
     for event, n in releases:
-        part = rule.curve(event) * min(n, left)
-        total, left = part if total is None else total + part, left - min(n, left)
-        if not left:
-            break
-    return rule.curve(Repeated(Gaussian(1.0), 0)) if total is None else total
+        parts.append(Repeated(event, min(n, left)))
+        left -= parts[-1].count
+    return named(name, relation).curve(Composed(tuple(part for part in parts if part.count)))
 
 
-def _print_prices(releases: tuple[tuple[Event, int], ...], delta: float, one: str | None, title: str) -> None:
+def _print_guarantee(history: History, delta: float, accountant: str | None, plot: Path | None) -> None:
+    """Print what the filter of a ledger guarantees: there is no price of what happened, and no way to it."""
+    if plot is not None:
+        raise ValueError(
+            "a ledger to be plotted must have a schedule that was fixed in advance; got one that a filter governs, whose "
+            "guarantee does not grow with its charges; leave --plot out"
+        )
+    bound = ledger_bound(history, delta, accountant=None if accountant is None else named(accountant))
+    typer.echo(f"{rounded_up(bound.epsilon, 4)} ({bound.method}: the guarantee, however much was spent)")
+    for text in bound.assumptions:
+        Console().print(f"- {escape(text)}", highlight=False)
+
+
+def _print_prices(
+    releases: tuple[tuple[Event, int], ...], delta: float, one: str | None, title: str, relation: str
+) -> None:
     if one is not None:
-        typer.echo(rounded_up(_curve(releases, one).epsilon(delta), 4))
+        typer.echo(rounded_up(_curve(releases, one, relation).epsilon(delta), 4))
         return
     table = Table("accountant", "epsilon, at most", "method", "adaptive", title=escape(title))
     assumptions: dict[str, None] = {}
     for name in sorted(ACCOUNTANTS):
         try:
-            bound = _curve(releases, name).bound(delta)
+            bound = _curve(releases, name, relation).bound(delta)
         except UnpricedEvent as error:
             table.add_row(name, "-", escape(str(error)), "")
             continue
@@ -186,15 +209,22 @@ def _print_prices(releases: tuple[tuple[Event, int], ...], delta: float, one: st
 
 
 def _plot(
-    releases: tuple[tuple[Event, int], ...], delta: float, one: str | None, unit: str, path: Path
+    releases: tuple[tuple[Event, int], ...],
+    delta: float,
+    one: str | None,
+    unit: str,
+    path: Path,
+    relation: str,
 ) -> None:
     """Write epsilon over the number of releases: the tightest accountant and the Renyi bound, or `one`."""
     from dpopt.plots import prices
 
+    if path.is_fifo():
+        raise ValueError(f"a picture must go to a file; got the named pipe {path}; name a file")
     total = sum(count for _, count in releases)
     counts = sorted({max(1, round(total * i / _POINTS)) for i in range(1, _POINTS + 1)}) if total else []
     lines: dict[str, list[tuple[int, float]]] = {}
     for name in (one,) if one is not None else (_TIGHT, "rdp"):
-        lines[name] = [(n, _curve(releases, name, n).epsilon(delta)) for n in counts]
+        lines[name] = [(n, _curve(releases, name, relation, n).epsilon(delta)) for n in counts]
     path.write_bytes(prices(lines, delta=delta, unit=unit))
     Console(stderr=True).print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)

@@ -12,12 +12,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from accountants import ADD_REMOVE, RELATIONS, History, LedgerCorrupt, best, read
+from accountants import History, LedgerCorrupt, ledger_bound
 from accountants.exchange import dp_accounting_data
+from accountants.filter_rule import Rule
+from accountants.records import configurations
 from accountants.summary import Attempt, Summary, place_of, summary
 from dpopt.cli.failures import exit_codes
+from dpopt.cli.reading import ledger_at, patience
 from dpopt.ledgers import insecurity
 from dpopt.report import rounded_up
 
@@ -45,7 +48,7 @@ def verify(file: Annotated[Path, _FILE], head: Annotated[str | None, _HEAD] = No
     errors = Console(stderr=True)
     with exit_codes(errors):
         try:
-            history = read(file)
+            history = ledger_at(file, errors)
         except LedgerCorrupt as error:
             errors.print(f"[bold red]dpopt:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(UNVERIFIED) from None
@@ -63,16 +66,21 @@ def verify(file: Annotated[Path, _FILE], head: Annotated[str | None, _HEAD] = No
 @app.command()
 def status(file: Annotated[Path, _FILE], delta: Annotated[float | None, _DELTA] = None) -> None:
     """Print what a ledger covers, its runs, and the epsilon of everything on it."""
-    with exit_codes(Console(stderr=True)):
-        seen = summary(read(file))
+    errors = Console(stderr=True)
+    with exit_codes(errors):
+        history = ledger_at(file, errors)
+        seen = summary(history)
         assumptions = insecurity([attempt.config for attempt in seen.attempts])
         rows = _facts(seen)
+        if history.rule is not None:
+            rows.append(("filter", _filter(history.rule, seen)))
         if delta is not None:
-            bound = best(seen.event, delta, relation=_relation(seen))
+            with patience(errors, f"pricing {len(seen.event.events)} different mechanisms"):
+                bound = ledger_bound(history, delta)
             rows.append(("epsilon", f"{rounded_up(bound.epsilon, 4)} at delta {delta:g} ({bound.method})"))
             assumptions = (*bound.assumptions, *assumptions)
         console = Console()
-        table = Table(title=escape(str(file)), show_header=False)
+        table = Table("", Column(overflow="fold"), title=escape(str(file)), show_header=False)
         for name, value in rows:
             table.add_row(name, escape(value))
         console.print(table)
@@ -90,18 +98,32 @@ def export(
     ] = Format.JSON,
 ) -> None:
     """Write a verified ledger to standard output, as JSON."""
-    with exit_codes(Console(stderr=True)):
-        history = read(file)
+    errors = Console(stderr=True)
+    with exit_codes(errors):
+        history = ledger_at(file, errors)
         seen = summary(history)
         data: dict[str, object] = {"unit": seen.unit, "relation": seen.relation, "head": seen.head}
+        declared = [config["filter"] for config in configurations(history.records) if "filter" in config]
+        if declared:
+            data["filter"] = declared[0]
         if format is Format.JSON:
             data |= {"id": seen.id, "torn_bytes": seen.torn, "num_charges": seen.num_charges}
-            data["records"] = [
-                {"seq": r.seq, "kind": r.kind, "payload": r.payload, "hash": r.hash} for r in history.records
-            ]
-        else:
-            data["event"] = _foreign(seen)
-        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        with patience(errors, f"writing {seen.num_records} records"):
+            if format is Format.JSON:
+                told = _with_records(data, history)
+            else:
+                told = json.dumps(data | {"event": _foreign(seen)}, indent=2, allow_nan=False)
+        typer.echo(told)
+
+
+def _with_records(data: dict[str, object], history: History) -> str:
+    """The JSON of `data` and of the records, one a line."""
+    lines = (
+        json.dumps({"seq": r.seq, "kind": r.kind, "payload": r.payload, "hash": r.hash}, allow_nan=False)
+        for r in history.records
+    )
+    head = json.dumps(data, indent=2, allow_nan=False).removesuffix("\n}")
+    return f'{head},\n  "records": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}"
 
 
 def _foreign(seen: Summary) -> dict[str, object]:
@@ -129,9 +151,12 @@ def _verified(file: Path, seen: Summary) -> list[str]:
 
 def _told(history: History, head: str) -> bool:
     place = place_of(history, head)
-    if place is not None:
-        typer.echo(f"head known: record {place}, {len(history.records) - 1 - place} records ago")
-    return place is not None
+    if place is None:
+        return False
+    later = history.records[place + 1 :]
+    charges = sum(record.kind == "charge" for record in later)
+    typer.echo(f"head known: record {place}, {len(later)} records ago; {charges} charges were made since")
+    return True
 
 
 def _torn(seen: Summary) -> str:
@@ -155,6 +180,14 @@ def _facts(seen: Summary) -> list[tuple[str, str]]:
     return [*rows, ("unfinished", _torn(seen))] if seen.torn else rows
 
 
+def _filter(rule: Rule, seen: Summary) -> str:
+    """What the filter that governs a ledger guarantees, and how much of its budget is left."""
+    told = f"epsilon {rule.epsilon:g} at delta {rule.delta:g}, {rule.method}"
+    if not rule.kept(seen.event):
+        return f"{told}: OVERRUN, it guarantees nothing"
+    return f"{told}; {100 * rule.left(rule.cost(seen.event)):.3g} % left"
+
+
 def _runs(seen: Summary) -> Table:
     table = Table("run", "record", "charges", "estimator", "sampler", "budget", "seed", title="Runs")
     before = () if seen.outside is None else (("-", seen.outside),)
@@ -170,14 +203,3 @@ def _configuration(run: Attempt) -> tuple[str, ...]:
     cells = [escape(str(x)) for x in (estimator, config.get("sampler", "-"), config.get("budget", "-"))]
     seed = config.get("insecure_seed")
     return (*cells, "secret" if seed is None else f"PUBLIC: {escape(str(seed))}")
-
-
-def _relation(seen: Summary) -> str:
-    """The accountants' name for the relation that the ledger's header states, by name or in words."""
-    known = {words: name for name, words in RELATIONS.items()} | {name: name for name in RELATIONS}
-    if seen.relation not in known:
-        raise ValueError(
-            f"the relation of the ledger must be one of {', '.join(known)}; got {seen.relation!r}; leave --delta out, "
-            f"or price its export by hand (the default is {ADD_REMOVE})"
-        )
-    return known[seen.relation]

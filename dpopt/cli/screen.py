@@ -94,6 +94,11 @@ class Screen:
             else f'AutoModelForCausalLM.from_pretrained("{folder}")'
         )
         self._console.print(f"Load it with [bold]{escape(loading)}[/]", highlight=False, soft_wrap=True)
+        anchor = f"dpopt ledger verify {report.ledger} --head {report.ledger_head}"
+        self._console.print(
+            f"Keep this line elsewhere, it shows that no charge was taken back: [bold]{escape(anchor)}[/]",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Panel:

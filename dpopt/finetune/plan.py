@@ -17,6 +17,7 @@ from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.named import Run, named_estimator
 from dpopt.estimators.prices import require_priced
 from dpopt.finetune.config import FinetuneConfig
+from dpopt.finetune.continuing import LEDGER_NAME, REPORT_NAME, require_reported
 from dpopt.finetune.corpus import Corpus, load_corpus
 from dpopt.finetune.language_model import Tokens, encode, load, longest, with_adapter
 from dpopt.finetune.listener import Listener
@@ -24,7 +25,6 @@ from dpopt.finetune.privacy_plan import PrivacyPlan, plan_privacy
 from dpopt.records import InputError
 from dpopt.samplers import sized
 
-LEDGER_NAME = "privacy.ledger.jsonl"
 DEFAULT_OUTS = Path("runs")
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BATCH_SIZE = 256
@@ -36,7 +36,7 @@ EMBEDDED_BATCH_SIZE = 512
 EMBEDDED_LEARNING_RATE = 4e-3
 DEFAULT_MAX_TOKENS = 128
 NUM_EVALUATIONS = 6
-_OURS = (LEDGER_NAME, "report.json")
+_OURS = (LEDGER_NAME, REPORT_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,7 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         BudgetExhausted: the budget cannot be met.
     """
     out = _free_out(config)
+    require_reported(out, config.ledger or out / LEDGER_NAME)
     listener.stage("reading the records")
     corpus = load_corpus(
         config.train, config.validation, config.validation_is_public, config.form, config.unit

@@ -21,13 +21,12 @@ from accountants import (
     Event,
     Repeated,
     accountant,
-    charged,
-    read,
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
 from dpopt.budget import Budget
 from dpopt.estimators.estimator import Estimator, Plain
 from dpopt.estimators.prices import priced
+from dpopt.finetune.continuing import spent_before
 from dpopt.samplers import charges, noise_within, sized
 from dpopt.sampling import PoissonSampling, Sampling
 
@@ -114,7 +113,7 @@ def plan_privacy(
         BudgetExhausted: no noise, or not the noise given, keeps the run within the budget.
     """
     delta = default_delta(num_records) if delta is None else delta
-    spent = charged(read(ledger).records) if ledger.exists() else Composed(())
+    spent = spent_before(ledger, relation)
     sampling = sized(sampler, num_records=num_records, batch_size=batch_size)
     rule = accountant(accountant_name, relation)
     budget = DEFAULT_EPSILON if epsilon is None and noise_multiplier is None else epsilon

@@ -209,7 +209,7 @@ def test_charges_are_durable_and_counted_again_after_resuming(tmp_path):
 
 
 def test_a_charge_that_failed_is_counted(tmp_path, monkeypatch):
-    import accountants.ledger as module
+    import accountants.appended_file as module
 
     with Ledger.open(tmp_path / "ledger") as ledger:
         budget = FILTERS["R1"](ledger=ledger)
@@ -218,7 +218,7 @@ def test_a_charge_that_failed_is_counted(tmp_path, monkeypatch):
         def fail(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(module, "_write_durably", fail)
+        monkeypatch.setattr(module, "write_durably", fail)
         with pytest.raises(LedgerNotDurable):
             budget.spend(Repeated(STEP, 100))
         assert budget.remaining() < left

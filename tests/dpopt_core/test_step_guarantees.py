@@ -174,7 +174,7 @@ def test_guarantee_refusal_releases_nothing_when_the_model_changed():
 
 
 def test_guarantee_refusal_releases_nothing_when_the_disk_is_full(monkeypatch):
-    import accountants.ledger as ledger_module
+    import accountants.appended_file as ledger_module
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -183,7 +183,7 @@ def test_guarantee_refusal_releases_nothing_when_the_disk_is_full(monkeypatch):
     with explicit(model, noise=1.0) as private:
         for batch in private.batches(examples(8), steps=1):
             private.accumulate(losses_of(model, batch.examples))
-            monkeypatch.setattr(ledger_module, "_write_durably", full)
+            monkeypatch.setattr(ledger_module, "write_durably", full)
             for _ in range(2):
                 with pytest.raises(ledger_module.LedgerNotDurable):
                     private.release()
