@@ -7,6 +7,7 @@ Torch has no hook there. While a run is watched, the one function through which 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import ref
@@ -20,7 +21,7 @@ class Watcher(Protocol):
     """What wants to see backwards."""
 
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
-        """A backward of `roots` begins, with these gradients of theirs; raise to refuse it."""
+        """A backward of `roots` begins, with these gradients of theirs, or 1.0 for each; raise to refuse it."""
         ...
 
     def after(self) -> None:
@@ -51,7 +52,7 @@ class Entrance:
 
     def _run(self, roots: Any, grads: Any, keep: Any, create: Any, *args: Any, **kwargs: Any) -> Any:
         told: list[Watcher] = []
-        run = self._original
+        run, implicit = self._original, _implicit(grads)
         try:
             for known in tuple(self._watchers):
                 watcher = known()
@@ -59,11 +60,21 @@ class Entrance:
                     self.leave(None)
                     continue
                 told.append(watcher)
-                watcher.before(roots, grads, bool(create))
+                watcher.before(roots, [1.0] * len(roots) if implicit else grads, bool(create))
             return run(roots, grads, keep, create, *args, **kwargs)
         finally:
             for watcher in told:
                 watcher.after()
+
+
+def _implicit(grads: Sequence[Any]) -> bool:
+    """Whether a backward starts from ones that torch filled in, which a device need not be stopped to read."""
+    if not any(isinstance(grad, torch.Tensor) and grad.device.type != "cpu" for grad in grads):
+        return False
+    caller = sys._getframe(2)
+    given = {torch.autograd.backward: "grad_tensors", torch.autograd.grad: "grad_outputs"}
+    names = (name for function, name in given.items() if function.__code__ is caller.f_code)
+    return caller.f_locals.get(next(names, ""), grads) is None
 
 
 ENTRANCE = Entrance()

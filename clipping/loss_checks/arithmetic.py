@@ -23,6 +23,8 @@ from clipping.loss_checks.state import (
     State,
     Total,
     Unproven,
+    attribute_of,
+    away,
     unproven,
 )
 
@@ -175,16 +177,22 @@ def _is_plain(value: object) -> bool:
     """Whether it is a number of Python's, which reaches the graph as a tensor without dimensions."""
     if not isinstance(value, Tensor):
         return True
-    return value.dim() == 0 and value.device.type == "cpu" and value.dtype in (torch.float64, torch.int64)
+    return value.dim() == 0 and not away(value) and value.dtype in (torch.float64, torch.int64)
 
 
-def _number(value: object) -> float | Tensor | None:
-    """A number, or the tensor of one element that holds it on a device; None for anything else."""
+def number_of(facts: Facts, operation: Operation, name: str) -> float | None:
+    """Argument `name` where it is a number, or a tensor of one element; None for anything else.
+
+    One on a device stops it now, and is compared without a stop in later batches.
+    """
+    value = operation.get(name)
     if isinstance(value, bool | int | float):
         return float(value)
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value) if value.device.type == "cpu" else value.detach()
-    return None
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        return None
+    if away(value):
+        facts.again.append((facts.position, attribute_of(name), float(value)))
+    return float(value)
 
 
 def multiplied(facts: Facts, operation: Operation) -> State:
@@ -195,9 +203,7 @@ def multiplied(facts: Facts, operation: Operation) -> State:
             return state
     if left is None or right is None:
         state, name = (left, "other") if right is None else (right, "self")
-        return (
-            None if state is None else _weighted(facts, operation, state, operation.get(name), divide=False)
-        )
+        return None if state is None else _weighted(facts, operation, state, name, divide=False)
     place = aligned(operation)
     return _placed(place, _factor(left).times(_factor(right)))
 
@@ -211,17 +217,14 @@ def divided(facts: Facts, operation: Operation) -> State:
         if isinstance(state, Unproven):
             return state
     if right is None:
-        return (
-            None if left is None else _weighted(facts, operation, left, operation.get("other"), divide=True)
-        )
+        return None if left is None else _weighted(facts, operation, left, "other", divide=True)
     return _placed(aligned(operation), _factor(left).over(_factor(right)))
 
 
 def _by_count(facts: Facts, operation: Operation, total: Total) -> State:
     """A sum over a tensor that is made of the examples: a mean where it is the number of the summed elements."""
-    facts.repeatable = False
-    value = None if facts.tracing else _number(operation.get("other"))
-    if value is not None and total.count is not None and float(value) == total.count:
+    value = None if facts.tracing else number_of(facts, operation, "other")
+    if value is not None and value == total.count:
         return _mean(facts, total, total.count)
     return unproven(
         operation, "a division by a number made from the labels, masks or outputs of the whole batch"
@@ -233,29 +236,21 @@ def _mean(facts: Facts, total: Total, count: float) -> Total:
     return Total(tuple(factor.times(step) for factor in total.factors))
 
 
-def _weighted(facts: Facts, operation: Operation, state: State, value: object, *, divide: bool) -> State:
-    """`state` times a constant, or over one."""
+def _weighted(facts: Facts, operation: Operation, state: State, name: str, *, divide: bool) -> State:
+    """`state` times the constant argument `name`, or over it."""
     if isinstance(state, Total) and copied(operation):
         return copies(facts, operation)
     if facts.tracing:
-        return state if not isinstance(state, Total) else Total(state.factors)
-    if facts.num_examples == 1 and not _is_plain(value):
+        return Total(state.factors) if isinstance(state, Total) else state
+    if facts.num_examples == 1 and not _is_plain(operation.get(name)):
         facts.unclear = True  # a number for every example, or that of the one
         return state
-    number = _number(value)
-    if isinstance(number, float) and not number.is_integer() and number in facts.read:
-        return unproven(operation, "a number that was read from the batch, as by .item()")
-    if isinstance(number, Tensor):
-        if facts.mean and isinstance(state, Total) and any(f.power == 0 for f in state.factors):
-            number = float(number)
-            facts.repeatable = False
-        else:
-            facts.tensors.append(number)
-            facts.repeatable = False
-            return scaled(state, ONE)
+    number = number_of(facts, operation, name)
     if number is None:
-        _remember(facts, state, value)
-        return state if not isinstance(state, Total) else Total(state.factors)
+        _remember(facts, state, operation.get(name))
+        return Total(state.factors) if isinstance(state, Total) else state
+    if not number.is_integer() and number in facts.read:
+        return unproven(operation, "a number that was read from the batch, as by .item()")
     return scaled(state, as_count(facts, state, 1 / number if divide and number else number))
 
 

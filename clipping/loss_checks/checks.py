@@ -24,9 +24,8 @@ from clipping.loss_checks.arithmetic import as_count, scaled
 from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
-from clipping.loss_checks.loss_functions import counted
 from clipping.loss_checks.provenance import Provenance
-from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven
+from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
 from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
 from clipping.rules.generic import batch_dim_of
@@ -72,7 +71,7 @@ class LossChecks:
         self._ready = ready
         self._constants = Constants()
         self._provenance = Provenance()
-        self._passed: dict[Hashable, tuple[tuple[int, int], ...]] = {}
+        self._passed: dict[Hashable, tuple[tuple[int, str, float], ...]] = {}
         self._flags: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
         self._proven: list[bool] = []
@@ -159,6 +158,7 @@ class LossChecks:
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._provenance.on or model is not self._tape.model:
             return
+        self._order = None
         for tensor in tensors((args, kwargs)):
             found = self._provenance.seen.of(tensor)
             if isinstance(found, Rows):
@@ -174,17 +174,19 @@ class LossChecks:
         if num_examples:
             found = (outputs,) if isinstance(outputs, Tensor) else tuple(tensors(outputs))
             dims = [batch_dim_of(x, num_examples, self._tape.batch_dim) for x in found]
-            mark(found, dims, num_examples, id(self._tape))
+            layouts = [None if dim is None else Layout(dim, order=self._order) for dim in dims]
+            mark(found, layouts, num_examples, id(self._tape))
             if self._provenance.on:
-                self._note_outputs(found, dims, num_examples)
+                self._note_outputs(found, layouts, num_examples)
         if self._provenance.on:
             self._provenance.leave_model()
 
-    def _note_outputs(self, outputs: Sequence[Tensor], dims: Sequence[int | None], num_examples: int) -> None:
+    def _note_outputs(
+        self, outputs: Sequence[Tensor], layouts: Sequence[Layout | None], num_examples: int
+    ) -> None:
         same = num_examples == self._provenance.facts.num_examples
-        for output, dim in zip(outputs, dims, strict=True):
-            known = Rows(Layout(dim, order=self._order)) if same and dim is not None else None
-            self._provenance.seen.put(output, known)
+        for output, layout in zip(outputs, layouts, strict=True):
+            self._provenance.seen.put(output, Rows(layout) if same and layout is not None else None)
 
     # -- backwards ----------------------------------------------------------------------------------------
 
@@ -221,20 +223,23 @@ class LossChecks:
         if node is None:
             return False
         try:
-            found = trail(node, self._tape.batch_dim)
+            found = trail(node, self._tape.batch_dim, self._order)
         except RuntimeError:  # its saved tensors are gone: torch says so in its own words
             return False
-        start = (
-            grad.item()
-            if isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu"
-            else None
-        )
+        start = grad.item() if isinstance(grad, Tensor) and grad.numel() == 1 and not away(grad) else grad
         key = (found.steps, start, self._given)
-        again = None if self._provenance.on or start is None else self._passed.get(key)
-        if again is None or not all(_holds(found, *what) for what in again):
+        again = None if self._provenance.on or isinstance(start, Tensor) else self._passed.get(key)
+        if again is None or not all([self._holds(found, *what) for what in again]):
             return self._prove(found, number, grad, key)
         self._num_backwards[self._given] += 1
         return True
+
+    def _holds(self, found: Trail, position: int, attribute: str, expected: float) -> bool:
+        value = getattr(found.nodes[position], attribute)
+        if away(value):
+            self._flags.append((value != expected).any())
+            return True
+        return value.item() == expected
 
     def _prove(self, found: Trail, number: int, grad: Any, key: tuple[Hashable, ...]) -> bool:
         owner = id(self._tape)
@@ -243,13 +248,15 @@ class LossChecks:
         following = self._provenance.on
         facts = Facts(mean=self._mean, read=self._provenance.read)
         lookup = self._provenance.made if following else None
-        state = states(found, facts, lookup, self._order)[-1][number]
+        state = states(found, facts, lookup)[-1][number]
         if facts.num_examples:
             self._judge(facts, _started(facts, state, grad))
-        if facts.repeatable and not following:
+        if facts.repeatable and not following and not isinstance(key[1], Tensor):
             if len(self._passed) >= _KEPT:
                 self._passed.clear()
-            steps = trail(found.nodes[-1], self._tape.batch_dim).steps  # with all that was asked for by now
+            steps = trail(
+                found.nodes[-1], self._tape.batch_dim, self._order
+            ).steps  # with all that was asked for by now
             self._passed[(steps, *key[1:])] = tuple(facts.again)
         return True
 
@@ -268,15 +275,11 @@ class LossChecks:
         self._flags += facts.flags
 
 
-def _holds(found: Trail, position: int, size: int) -> bool:
-    return counted(found.nodes[position]._saved_total_weight) == size
-
-
 def _started(facts: Facts, state: State, grad: Any) -> State:
     """The state of a root, times the gradient that the backward starts with."""
     if not isinstance(grad, Tensor) or isinstance(state, Unproven | None):
         return state
-    if grad.numel() == 1 and grad.device.type != "cpu":
+    if grad.numel() == 1 and away(grad):
         facts.tensors.append(grad.detach())
         facts.repeatable = False
         return state

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from clipping.loss_checks.layout import Shape
-from clipping.loss_checks.state import Facts, Operation, Rows, State, Total, Unproven, ruled
-from clipping.loss_checks.trail import Inner, Node, Place, Trail, attribute_of, saved
+from clipping.loss_checks.state import Facts, Operation, Rows, State, Total, Unproven, attribute_of, ruled
+from clipping.loss_checks.trail import Inner, Node, Place, Trail, saved
 
 Lookup = Callable[[Tensor, int], State]
 """What was seen of how a constant tensor was made, for a batch of so many examples."""
@@ -22,26 +22,25 @@ _UNKNOWN = Unproven("an output of the model without a dimension for the examples
 _UNEQUAL = Unproven("outputs for different numbers of examples in one loss", shown=False)
 
 
-def states(trail: Trail, facts: Facts, lookup: Lookup | None, order: bytes | None) -> list[list[State]]:
-    """The state of each output of each node of `trail`; `order` is that of the examples in the model's inputs."""
+def states(trail: Trail, facts: Facts, lookup: Lookup | None) -> list[list[State]]:
+    """The state of each output of each node of `trail`."""
     found: list[list[State]] = []
     for position, (node, step) in enumerate(zip(trail.nodes, trail.steps, strict=True)):
         if isinstance(step, Inner):
             facts.position = position
             found.append(_evaluated(node, step, trail, found, facts, lookup))
         else:
-            found.append(_outputs(step, facts, order))
+            found.append(_outputs(step, facts))
     return found
 
 
-def _outputs(places: tuple[Place, ...], facts: Facts, order: bytes | None) -> list[State]:
+def _outputs(places: tuple[Place, ...], facts: Facts) -> list[State]:
     found: list[State] = [_UNKNOWN] * (1 + max(place.number for place in places))
     for place in places:
         if place.layout is not None:
             known = facts.num_examples in (0, place.num_examples)
             facts.num_examples = facts.num_examples or place.num_examples
-            layout = place.layout if order is None else place.layout._replace(order=order)
-            found[place.number] = Rows(layout) if known else _UNEQUAL
+            found[place.number] = Rows(place.layout) if known else _UNEQUAL
     return found
 
 

@@ -23,6 +23,7 @@ from clipping.loss_checks.state import (
     State,
     Total,
     Unproven,
+    attribute_of,
     unproven,
 )
 
@@ -112,17 +113,12 @@ def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -
         )
     target, ignore_index = operation.get("target"), operation.get("ignore_index")
     assert isinstance(target, Tensor) and isinstance(ignore_index, int)
-    if target.device.type == "cpu" and size < _EXACT and counted(operation.get("total_weight")) == size:
-        facts.again.append((facts.position, size))
+    if size < _EXACT and _counted(operation.get("total_weight")) == size:
+        facts.again.append((facts.position, attribute_of("total_weight"), float(size)))
         return total(facts, Factor(), size, mean=True)
     facts.repeatable = False
     counts = (target != ignore_index).reshape(layout.outer, facts.num_examples, -1).sum((0, 2))
-    unequal = (counts != counts[0]).any() | (counts[0] == 0)
-    if target.device.type != "cpu":
-        facts.flags.append(unequal)
-        facts.tensors.append(counts[0])
-        return total(facts, Factor(), size, mean=True)
-    if not bool(unequal):
+    if bool((counts == counts[0]).all()) and int(counts[0]):
         return total(facts, Factor(), int(counts.sum()), mean=True)
     return unproven(operation, OF_COUNTED, remedy=IGNORED)
 
@@ -132,7 +128,7 @@ _EXACT = 1 << 24
 """Single precision counts so far."""
 
 
-def counted(total_weight: object) -> float | None:
+def _counted(total_weight: object) -> float | None:
     """How many labels were counted, where they have no weights."""
     return total_weight.item() if isinstance(total_weight, Tensor) else None
 

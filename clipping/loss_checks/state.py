@@ -85,8 +85,8 @@ class Facts:
     numbers need no look. `constants` must be the same in every batch, and so must `tensors`, which are looked at later.
     `flags` must be false: what a device would have to be stopped for is asked at the end of the step. `read` are numbers
     that the loop read from the batch. `sized`: the loss was divided by the number of examples beside the mean. `unclear`: there is one example, and a number may be its own. `names` are
-    the operations met. `again`: at these positions of the trail so many labels have to be counted in every batch; with
-    that, what was found holds for every equal trail, if it is `repeatable`.
+    the operations met. `again`: at these positions of the trail an attribute must have this value in every batch;
+    with that, what was found holds for every equal trail, if it is `repeatable`.
     """
 
     mean: bool = True
@@ -100,7 +100,7 @@ class Facts:
     unclear: bool = False
     names: set[str] = field(default_factory=set)
     position: int = 0
-    again: list[tuple[int, int]] = field(default_factory=list)
+    again: list[tuple[int, str, float]] = field(default_factory=list)
     repeatable: bool = True
 
     def settled(self, factor: Factor) -> Factor:
@@ -127,6 +127,16 @@ class Operation(NamedTuple):
 
 Rule = Callable[[Facts, Operation], State]
 """How the output of an operation depends on the examples."""
+
+
+def away(value: Tensor) -> bool:
+    """Whether to read `value` would stop a device."""
+    return value.device.type != "cpu"
+
+
+def attribute_of(name: str) -> str:
+    """Under which name nodes keep argument `name` of their operation."""
+    return f"_saved_{name}"
 
 
 def unproven(operation: Operation, what: str, *, shown: bool = True, remedy: str = "") -> Unproven:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.rules import rule_of
-from clipping.loss_checks.state import Rule
+from clipping.loss_checks.state import Rule, attribute_of, away
 from clipping.tap import Tap
 
 Node = Any
@@ -73,17 +73,17 @@ def _kind(node: Node) -> Kind:
     return found
 
 
-def mark(outputs: Sequence[Tensor], dims: Sequence[int | None], num_examples: int, owner: int) -> None:
-    """Note on the graph that these are outputs of a model of `owner`, with the examples in `dims`."""
-    for output, dim in zip(outputs, dims, strict=True):
-        if dim is not None and output.grad_fn is not None:
+def mark(outputs: Sequence[Tensor], layouts: Sequence[Layout | None], num_examples: int, owner: int) -> None:
+    """Note on the graph that these are outputs of a model of `owner`, which hold the examples so."""
+    for output, layout in zip(outputs, layouts, strict=True):
+        if layout is not None and output.grad_fn is not None:
             metadata = output.grad_fn.metadata
-            place = Place(output.output_nr, Layout(dim), num_examples, owner, tuple(output.shape))
+            place = Place(output.output_nr, layout, num_examples, owner, tuple(output.shape))
             metadata[_MARK] = (*metadata.get(_MARK, ()), place)
 
 
-def trail(root: Node, batch_dim: int) -> Trail:
-    """The trail from `root`."""
+def trail(root: Node, batch_dim: int, order: bytes | None = None) -> Trail:
+    """The trail from `root`; `order` is that of the examples in a model that was called last."""
     numbers: dict[Node, int] = {}
     nodes: list[Node] = []
     steps: list[Inner | tuple[Place, ...]] = []
@@ -93,7 +93,7 @@ def trail(root: Node, batch_dim: int) -> Trail:
         if node in numbers:
             stack.pop()
             continue
-        step = node.metadata.get(_MARK) or (_tapped(node, batch_dim) if type(node) is _TAP else None)
+        step = node.metadata.get(_MARK) or (_tapped(node, batch_dim, order) if type(node) is _TAP else None)
         if step is None:
             edges = node.next_functions
             below = [n for n, _ in edges if n is not None and n not in numbers]
@@ -126,11 +126,6 @@ def _inner(node: Node, edges: Sequence[tuple[Node, int]], numbers: dict[Node, in
 _PLAIN = frozenset((int, float, bool, str))
 
 
-def attribute_of(name: str) -> str:
-    """Under which name nodes keep argument `name` of their operation."""
-    return f"_saved_{name}"
-
-
 def saved(node: Node, name: str) -> object:
     """Argument `name` of the operation, as far as the node saved it; None where it did not."""
     value = getattr(node, attribute_of(name), None)
@@ -143,14 +138,14 @@ def saved(node: Node, name: str) -> object:
 
 def _readable(value: object) -> Hashable:
     if isinstance(value, Tensor):
-        number = value.numel() == 1 and value.device.type == "cpu"
+        number = value.numel() == 1 and not away(value)
         return value.shape, value.dtype, value.item() if number else None
     if isinstance(value, tuple | list):
         return tuple([None if isinstance(x, Tensor) else x for x in value])
     return value if isinstance(value, Hashable) else None
 
 
-def _tapped(node: Node, batch_dim: int) -> tuple[Place, ...]:
+def _tapped(node: Node, batch_dim: int, order: bytes | None) -> tuple[Place, ...]:
     call = node.call
     owner, dims = id(call.deliver.__self__), call.dims
     found = []
@@ -158,10 +153,10 @@ def _tapped(node: Node, batch_dim: int) -> tuple[Place, ...]:
         shape = tuple(metadata.shape)
         dim = (batch_dim if len(shape) > 2 else 0) if dims is None else dims.outputs[number]
         if call.fold is not None:
-            layout, size = Layout(0, 1, call.fold.num_positions), call.fold.num_examples
+            layout, size = Layout(0, 1, call.fold.num_positions, order), call.fold.num_examples
         elif dim is None or len(shape) <= dim:
             layout, size = None, 0
         else:
-            layout, size = Layout(dim), shape[dim]
+            layout, size = Layout(dim, order=order), shape[dim]
         found.append(Place(number, layout, size, owner, shape))
     return tuple(found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipping.errors import MixesExamples
 from clipping.loss_checks.arithmetic import complete
-from clipping.loss_checks.state import Alone, Facts, State, Total, Unproven
+from clipping.loss_checks.state import Alone, Facts, State, Total, Unproven, away
 
 REMEDY = (
     "pass the losses of the examples, shape (B,), to engine.backward(losses), each normalised by numbers of its own "
@@ -70,10 +70,10 @@ class Constants:
         if not same or [x.shape for x in tensors] != [x.shape for x in facts.tensors]:
             refuse_changed()
         for known, value in zip(tensors, facts.tensors, strict=True):
-            away = (known - value).abs() > _CLOSE * known.abs()
-            if away.device.type != "cpu":
-                facts.flags.append(away.any())
-            elif bool(away.any()):
+            changed = ((known - value).abs() > _CLOSE * known.abs()).any()
+            if away(changed):
+                facts.flags.append(changed)
+            elif bool(changed):
                 refuse_changed()
 
 
