@@ -407,5 +407,7 @@ class Tape:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
             found, same = self._unruled.gradients(call.layer, kept, leaves, grads)
-        record.check(partial(refuse_otherwise, call.layer, same), now=same is None or same.device.type == "cpu")
+        record.check(
+            partial(refuse_otherwise, call.layer, same), now=same is None or same.device.type == "cpu"
+        )
         return found

@@ -219,12 +219,16 @@ class Unruled:
             if not manner.knows(calls):
                 manner = self._widened(layer, begun, calls, leaves, structure)
         moment = Moment(begun.before, after, moved, begun.state, begun.tensors)
-        rerun = Rerun(layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment)
+        rerun = Rerun(
+            layer.module, layer.members, places_of(layer), structure, num_inputs, calls, sources, moment
+        )
         marks: list[Tensor | None] = []
         if manner.engine is not None:
             batch = Batch((), manner.dims_of(calls), num_examples, None)
             marks = marks_of([*floating_leaves(outputs), *given], batch.dims.outputs, batch)
-        return Ran(Kept(manner, rerun, num_examples, tuple(marks)), leaves, begun.arrivals if manner.own else None)
+        return Ran(
+            Kept(manner, rerun, num_examples, tuple(marks)), leaves, begun.arrivals if manner.own else None
+        )
 
     def _widened(
         self,

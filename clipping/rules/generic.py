@@ -105,9 +105,7 @@ def generic(
     return Differentiated(gradients, _same(alone, marks, each.outputs))
 
 
-def marks_of(
-    outputs: Sequence[Tensor], dims: Sequence[int | None], batch: Batch
-) -> list[Tensor | None]:
+def marks_of(outputs: Sequence[Tensor], dims: Sequence[int | None], batch: Batch) -> list[Tensor | None]:
     """The fingerprint of each output that holds the batch."""
     pairs = zip(outputs, dims, strict=False)
     return [None if d is None else fingerprint(batch.rows(x, d).movedim(d, 0)) for x, d in pairs]
