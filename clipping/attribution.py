@@ -84,11 +84,11 @@ class Attribution:
         """A point of so many rows was made."""
         self._rows[point] = num_rows
 
-    def attribute(self, gates: Sequence[Any], grads: Sequence[Tensor], num_examples: int) -> None:
+    def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find the example of each row wherever rows are not the examples.
 
-        `gates` are tensors or edges of a graph whose first dimension holds the examples, the losses say; `grads` are what
-        is sent back from them, row by row. The graph stays usable.
+        `gates` are tensors or edges of a graph whose first dimension holds the examples, the losses say. The graph stays
+        usable.
         """
         odd = [
             p for p, rows in self._rows.items() if self._is_odd(p, rows, num_examples) and p not in self.maps
@@ -115,7 +115,7 @@ class Attribution:
             else:
                 self.maps[point] = order.map(place, num_examples)
         if asked:
-            owners = self._ask(asked, gates, grads, num_examples)
+            owners = self._ask(asked, gates, [_sent_back(gate) for gate in gates], num_examples)
             for point, owner in owners.items():
                 self._learn(point, asked[point], owner, num_examples)
 
@@ -152,6 +152,10 @@ class Attribution:
             yield
         finally:
             self.asking = False
+
+    def has_odd(self, num_examples: int) -> bool:
+        """Whether some rows are not the examples, and nobody has asked whose they are."""
+        return any(self._is_odd(p, n, num_examples) and p not in self.maps for p, n in self._rows.items())
 
     def _is_odd(self, point: Point, num_rows: int, num_examples: int) -> bool:
         order = self._orders.get(_key(point))
@@ -218,6 +222,17 @@ class Attribution:
         if not orders:
             self._orders[key] = _Order(EACH, depth)
         self.maps[point] = RowMap.of_owners(owners, num_examples, depth)
+
+
+def _sent_back(gate: Any) -> Tensor:
+    """A gradient (B, ...) of a gate, the same for each example; not ones, which some functions send nothing back for."""
+    if isinstance(gate, Tensor):
+        shape, dtype, device = gate.shape, gate.dtype, gate.device
+    else:
+        known = gate.node._input_metadata[gate.output_nr]
+        shape, dtype, device = known.shape, known.dtype, known.device
+    row = torch.linspace(1, 2, math.prod(shape[1:]), dtype=dtype, device=device)
+    return row.view(shape[1:]).expand(shape)
 
 
 def _in_one(owners: Tensor) -> Tensor:

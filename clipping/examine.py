@@ -26,8 +26,6 @@ _BATCH_NORM = (
     "model.eval() on a frozen BatchNorm keeps its public statistics"
 )
 
-_REPEATED = ("PromptEmbedding", "PromptEncoder")
-
 
 def _fault(module: nn.Module) -> str | None:
     """Why `module` cannot be trained privately, with the remedy; None where the list knows no reason."""
@@ -40,11 +38,6 @@ def _fault(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return (
             "its running statistics are un-noised averages over private examples; track_running_stats=False"
-        )
-    if type(module).__name__ in _REPEATED and type(module).__module__.startswith("peft."):
-        return (
-            "its output, one for the whole batch, is repeated for each example afterwards, so the examples' gradients "
-            "are summed before they can be clipped; use prefix tuning or LoRA"
         )
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad and parameter.dtype == torch.float16:
@@ -197,14 +190,16 @@ def _refuse_gradients(model: nn.Module, inputs: Inputs, chosen: int, batch_dim: 
     with (
         _undisturbed(model),
         torch.enable_grad(),
-        Tape(model, lambda _: Apart(chosen, "output"), batch_dim=batch_dim),
+        Tape(model, lambda _: Apart(chosen, "output"), batch_dim=batch_dim) as tape,
     ):
         outputs = model(*inputs.args, **dict(inputs.kwargs))
         floating = [x for x in pytree.tree_leaves(outputs) if is_floating(x) and x.requires_grad]
         rows = [x.movedim(batch_dim, 0) if x.dim() > 2 else x for x in floating if x.dim() > 0]
         num_examples = rows[0].shape[0] if rows else 0
         if num_examples > 1:
-            picked = [x[chosen].sum().real for x in rows if x.shape[0] == num_examples]
+            alike = [x for x in rows if x.shape[0] == num_examples]
+            tape.attribute(alike, num_examples)
+            picked = [x[chosen].sum().real for x in alike]
             torch.stack([x.to(picked[0].dtype) for x in picked]).sum().backward()
     return num_examples
 

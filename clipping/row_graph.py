@@ -37,6 +37,9 @@ _SHAPED = frozenset(
 _CHOOSING = frozenset("gather max min topk sort indexselect cummax kthvalue median mode".split())
 """Operations in which data choose, along one dimension."""
 
+_WRAPPED = 1 << 64
+"""What nodes add to dimensions below 0."""
+
 
 class Found(NamedTuple):
     """A point in the graph of the losses: where its outputs are, with the rows in `dims`, and of what shapes.
@@ -61,14 +64,14 @@ def _is_dynamic(node: Any) -> bool:
     """Whether data may decide which rows of its arguments the rows of a result are made of."""
     name = node.name().rstrip("0123456789").removesuffix("Backward").lower().rpartition("::")[2]
     if name in _CHOOSING:
-        return getattr(node, "_saved_dim", 0) == 0
+        dim = getattr(node, "_saved_dim", 0)
+        dim = dim - _WRAPPED if dim >= _WRAPPED // 2 else dim
+        return dim == 0 or -dim >= len(node._input_metadata[0].shape)
     if name == "index":
         first = node._saved_indices[0]
         return first is not None and not _counts(first)
-    if name in (
-        "mm",
-        "addmm",
-    ):  # a gradient of the second factor: rows are summed, with weights that data may have made
+    if name in ("mm", "addmm"):
+        # A gradient of the second factor: its rows are summed, with weights that data may have made.
         edges = node.next_functions
         return edges[-1][0] is not None and not edges[-1][0].name().endswith("AccumulateGrad")
     return name not in _SHAPED
@@ -108,12 +111,29 @@ def walk(gates: Sequence[Any]) -> dict[Point, Found]:
         for point in _points(node):
             outputs = len(node._input_metadata)
             edges = tuple(GradientEdge(node, i) for i in range(outputs))
-            dims = (
-                point.dims.outputs if isinstance(point, Call) and point.dims is not None else (0,) * outputs
-            )
+            known = point.dims if isinstance(point, Call) else None
+            dims = (0,) * outputs if known is None else known.outputs
             shapes = tuple(tuple(x.shape) for x in node._input_metadata)
             found[point] = Found(edges, tuple(dim or 0 for dim in dims), shapes, dynamic)
         below = dynamic or _is_dynamic(node)
         for following, _ in node.next_functions:
             reach(following, below)
     return found
+
+
+def losses_below(roots: Sequence[Any], num_examples: int) -> GradientEdge | None:
+    """The losses (B,) of which a root is the mean or sum, times a number; None where its graph does not show them."""
+    if len(roots) != 1:
+        return None
+    (root,) = roots
+    edge: tuple[Any, int] = (root.grad_fn if isinstance(root, Tensor) else root.node, root.output_nr)
+    while edge[0] is not None:
+        node, number = edge
+        shape = tuple(node._input_metadata[number].shape)
+        if shape == (num_examples,) and num_examples > 1:
+            return GradientEdge(node, number)
+        given = [following for following in node.next_functions if following[0] is not None]
+        if any(size != 1 for size in shape) or len(given) != 1:
+            return None
+        edge = given[0]
+    return None

@@ -40,6 +40,7 @@ from clipping.grads import SampleGrads
 from clipping.layers import Layer, recorded_layers, understood
 from clipping.meetings import Meeting
 from clipping.precision import exact_products
+from clipping.row_graph import losses_below
 from clipping.row_maps import RowMap
 from clipping.rules.generic import BatchDims, Independence, generic, is_floating
 from clipping.rules.registry import Inputs
@@ -152,17 +153,26 @@ class Tape:
         """Whether a backward runs that only asks whose rows are; it delivers nothing."""
         return self._attribution.asking
 
-    def attribute(
-        self, gates: Sequence[Any], num_examples: int, grads: Sequence[Tensor] | None = None
-    ) -> None:
+    def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find out whose the rows of layers are, where they are not the examples; see `clipping.attribution`.
 
-        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,). `grads` are sent back
-        from them; where they are left out, ones.
+        `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,).
         """
         if self.batch_dim == 0 and not self._paused:
-            sent = [torch.ones_like(gate) for gate in gates] if grads is None else grads
-            self._attribution.attribute(gates, sent, num_examples)
+            self._attribution.attribute(gates, num_examples)
+
+    def attribute_below(self, roots: Sequence[Any], num_examples: int) -> None:
+        """`attribute`, where a backward of `roots` begins and the losses are those that it is the mean or sum of."""
+        if (
+            self.batch_dim != 0
+            or self._paused
+            or self.is_asking
+            or not self._attribution.has_odd(num_examples)
+        ):
+            return
+        losses = losses_below(roots, num_examples)
+        if losses is not None or num_examples == 1:
+            self._attribution.attribute(roots if losses is None else [losses], num_examples)
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -211,7 +221,7 @@ class Tape:
             self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
-        if module is self.model:
+        if module is self.model and not self._rerunning:
             self._in_root = False
             self._origin = None
             self._shares.end()

@@ -59,6 +59,7 @@ class Probing:
         self.num_batches += 1
         if self.num_batches in DUE:
             self.done = False
+            self._tape.doubt()
 
     def collector(self) -> Collector:
         """That of a backward of the probe."""
@@ -79,12 +80,14 @@ class Probing:
     def probe_outputs(self, model: nn.Module, _: Any, outputs: object) -> None:
         """Forward hook of the model: probe its outputs for a part, where a dimension is clearly the batch."""
         part = self._part()
-        if not self._wanted(model) or part is None or part < 2:
+        if not self._here(model) or part is None or part < 2:
             return
         leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
         rows = [x for leaf in leaves if (x := self._batch_first(leaf, part)) is not None]
         if rows:
-            self.run(rows)
+            self._tape.attribute(rows, part)
+            if not self.done:
+                self.run(rows)
 
     def _watch(self, value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
@@ -94,9 +97,11 @@ class Probing:
         return leaf.clone()  # no leaf: the model may change it in place
 
     def _wanted(self, model: nn.Module) -> bool:
+        return not self.done and self._here(model)
+
+    def _here(self, model: nn.Module) -> bool:
         # A deep copy of the model brings copies of its hooks along: they know that they are not at home.
-        ready = not self.done and self._part() is not None and id(model) == self._home
-        ready = ready and not self._tape.is_paused
+        ready = self._part() is not None and id(model) == self._home and not self._tape.is_paused
         return ready and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _batch_first(self, values: Tensor, num_examples: int) -> Tensor | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,11 @@ class StepSum:
         self.probing.begin()
         self.tape.turns.renew()
 
+    def before(self, roots: Sequence[Any]) -> None:
+        """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
+        if self.num_drawn is not None and self.num_part and self.probing.chosen is None:
+            self.tape.attribute_below(roots, self.num_part)
+
     def discard(self) -> None:
         """Forget what was collected; nothing of it was released."""
         self.sums.totals.clear()
@@ -184,6 +190,7 @@ class StepSum:
         num_rows = losses.shape[0]
         try:
             self._expect(num_rows, keep, records)
+            self.tape.attribute([losses], num_rows)
             if not self.probing.done and num_rows > 1:
                 self.probing.run([losses])
             self._backward(losses.mean() if self.sums.mean else losses.sum())

@@ -8,6 +8,7 @@ import os
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clipping.entrance import ENTRANCE
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
 from dpopt.step import StepSum
@@ -30,6 +31,7 @@ class Watch:
         # An old gradient was never noised, and optimizers apply it even to a parameter frozen since.
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
+        ENTRANCE.enter(self._step)
         probing = self._step.probing
         self._probe = self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True)
 
@@ -37,6 +39,7 @@ class Watch:
         """Remove every hook."""
         if self._probe is not None:
             self._probe.remove()
+        ENTRANCE.leave(self._step)
         self._step.tape.detach()
 
     def check(self) -> None:
