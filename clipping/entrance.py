@@ -14,7 +14,7 @@ from weakref import ref
 
 import torch
 
-_AUTOGRAD: Any = torch.autograd
+_AUTOGRAD: Any = torch.autograd  # whose way into the engine is private
 
 
 class Watcher(Protocol):

@@ -127,7 +127,8 @@ def losses_below(roots: Sequence[Any], num_examples: int) -> GradientEdge | None
     """The losses (B,) of which a root is the mean or sum, times a number; None where its graph does not show them."""
     if len(roots) != 1:
         return None
-    edge = (roots[0].grad_fn, roots[0].output_nr) if isinstance(roots[0], Tensor) else (roots[0].node, 0)
+    (root,) = roots
+    edge: tuple[Any, int] = (root.grad_fn if isinstance(root, Tensor) else root.node, root.output_nr)
     while edge[0] is not None:
         node, number = edge
         shape = tuple(node._input_metadata[number].shape)

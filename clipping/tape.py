@@ -268,7 +268,7 @@ class Tape:
             self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
-        if module is self._entry:
+        if module is self._entry and not self._rerunning:
             self._entry = self._origin = None
             self._shares.end()
 
