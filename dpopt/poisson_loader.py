@@ -55,25 +55,6 @@ class UniformWithReplacementSampler(Sampler[list[int]]):
             yield torch.nonzero(drawn).flatten().tolist()
 
 
-class CollateWithEmpty:
-    """A collate function that also knows the empty batch: the structure of a full one, with 0 rows."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Dataset[Any]) -> None:
-        self.collate = collate
-        self.dataset = dataset
-
-    def __call__(self, examples: list[Any]) -> Any:
-        """Collate `examples`."""
-        if examples:
-            return self.collate(examples)
-        # Only shapes and dtypes of this example are used; its values are cut off.
-        return pytree.tree_map(_no_rows, self.collate([self.dataset[0]]))
-
-
-def _no_rows(value: object) -> object:
-    return value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
 class DPDataLoader(DataLoader[Any]):
     """A loader of Poisson batches over `dataset`, possibly empty ones. `make_private` makes a private one of it.
 

@@ -28,7 +28,7 @@ _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def _place(value: Tensor) -> _Place:
-    return value.storage_offset(), tuple(value.shape), tuple(value.stride())
+    return int(value.storage_offset()), tuple(value.shape), tuple(value.stride())
 
 
 def _joined(views: Iterable[State]) -> Unproven | None:

@@ -7,6 +7,8 @@ not known to keep examples apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from clipping.loss_checks import arithmetic, loss_functions, reductions, selection, structure
 from clipping.loss_checks.state import Facts, Operation, Rule, State, Unproven, unproven
 
@@ -62,7 +64,7 @@ def _key(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-_GROUPS: tuple[tuple[Rule, list[str]], ...] = (
+_GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (arithmetic.elementwise, _ELEMENTWISE),
     (reductions.within, _WITHIN),
     (structure.viewed_as, _VIEWED),

@@ -62,7 +62,7 @@ class Total(NamedTuple):
     """
 
     factors: tuple[Factor, ...]
-    count: int | None = None
+    count: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Unproven(NamedTuple):
