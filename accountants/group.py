@@ -3,26 +3,31 @@
 
 If a release is (e, d) private for one record, then it is (k e, d (1 + exp(e) + ... + exp((k-1) e))) private for k of
 them, by going from D to D' record by record (Vadhan 2017, The Complexity of Differential Privacy, lemma 2.2); that
-is below k exp((k-1) e) d. Every e gives a bound, the best one is searched. Two kinds of curves know better:
+is below k exp((k-1) e) d. Every e gives a bound, the best one is searched. Some kinds of curves know better:
 
-- Gaussians only: k records move the sum by k at most, the noise multiplier is divided by k, exactly;
+- Gaussians: k records move the sum by k at most, the noise multiplier is divided by k, exactly;
+- Poisson samples, records there or not, or emptied: the pair of a group, of which each record is sampled by itself
+  (`accountants.shifted`); both only where the curve keeps its mechanisms ("pld" and "prv");
 - Renyi: rho(a) for groups of 2^c is at most 3^c rho(2^c a) (Mironov 2017, arXiv:1702.07476, proposition 2);
 - rho-zCDP: k^2 rho (Bun, Steinke 2016, arXiv:1605.02065, proposition 1.9).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from accountants.closed import total_mu
 from accountants.curve import Bound, Curve, check_count, check_delta, check_epsilon, rounded_up
-from accountants.events import Gaussian
+from accountants.events import Gaussian, PoissonSampled
 from accountants.gaussian import smallest
 from accountants.lazy import LazyCurve
+from accountants.loss import GROUP, Step
 from accountants.rdp import ORDERS, RenyiCurve
+from accountants.relations import Pair, merged
+from accountants.shifted import MOST_RECORDS
 from accountants.zcdp import ConcentratedCurve
 
 
@@ -52,9 +57,7 @@ class GroupCurve:
 
     def epsilon(self, delta: float) -> float:
         """Return the smallest epsilon >= 0 proven for the group at `delta`."""
-        check_delta(delta)
-        known = _known(self.curve, self.size)
-        return min(self._generic_epsilon(delta), math.inf if known is None else known.epsilon(delta))
+        return self.bound(delta).epsilon
 
     def _generic_epsilon(self, delta: float) -> float:
         if math.isinf(self.curve.epsilon(delta)):
@@ -67,6 +70,8 @@ class GroupCurve:
         """Return the smallest delta proven for the group at `epsilon`."""
         check_epsilon(epsilon)
         known = _known(self.curve, self.size)
+        if isinstance(known, LazyCurve):
+            return known.delta(epsilon)
         generic = self._generic_delta(epsilon / self.size * (1 - 1e-15))
         return min(1.0, generic, 1.0 if known is None else known.delta(epsilon))
 
@@ -78,10 +83,15 @@ class GroupCurve:
         return one * math.fsum(math.exp(j * each) for j in range(self.size)) * (1 + 1e-12)
 
     def bound(self, delta: float) -> Bound:
-        """Return `epsilon(delta)`, with the method and the assumptions of the curve of one record."""
-        found = self.curve.bound(delta)
-        whole = f"{found.method}, group of {self.size}"
-        return Bound(self.epsilon(delta), delta, whole, found.assumptions)
+        """Return `epsilon(delta)`, with the method and the assumptions of the curve that proved it."""
+        check_delta(delta)
+        known = _known(self.curve, self.size)
+        if isinstance(known, LazyCurve):
+            found = known.bound(delta)
+        else:
+            value = min(self._generic_epsilon(delta), math.inf if known is None else known.epsilon(delta))
+            found = replace(self.curve.bound(delta), epsilon=value)
+        return replace(found, method=f"{found.method}, group of {self.size}")
 
 
 def group(curve: Curve, size: int) -> GroupCurve:
@@ -117,14 +127,26 @@ def _renyi(curve: RenyiCurve, size: int) -> Curve | None:
 
 
 def _lazy(curve: LazyCurve, size: int) -> Curve | None:
-    if curve.slip or not curve.leaves or total_mu(curve.leaves) is None:
+    if size == 1:
+        return curve
+    pairs = [_grouped(pair, size) for pair, _ in curve.leaves]
+    if curve.slip or not pairs or None in pairs:
         return None
-    leaves = tuple(
-        (Gaussian(pair.noise_multiplier / size * (1 - 1e-15)), count)
-        for pair, count in curve.leaves
-        if isinstance(pair, Gaussian)
-    )
-    return LazyCurve(leaves, curve.pricing, curve.relation, 0.0)
+    counts: Counter[Pair] = Counter()
+    for pair, (_, count) in zip(pairs, curve.leaves, strict=True):
+        if pair is not None:
+            counts[pair] += count
+    return LazyCurve(merged(counts), curve.pricing, curve.relation, 0.0)
+
+
+def _grouped(pair: Pair, size: int) -> Pair | None:
+    """The pair that dominates a step for groups of `size` records; None where none is known."""
+    match pair:
+        case Gaussian(noise_multiplier=s):
+            return Gaussian(s / size * (1 - 1e-15))
+        case PoissonSampled(sampling_rate=q, event=Gaussian(noise_multiplier=s)) if size <= MOST_RECORDS:
+            return Step(s, q, GROUP, size=size)
+    return None
 
 
 def _concentrated(curve: ConcentratedCurve, size: int) -> Curve | None:

@@ -14,7 +14,7 @@ With contributions of norm <= 1 and s the noise multiplier:
 | `Gaussian(s)` | s | s | s / 2 |
 | `PoissonSampled` | the sampled pair (`accountants.dots`) | the same | its mirrored pair (`accountants.swapped`) |
 | `TruncatedPoisson` | as Poisson, and a slip | the same | the same |
-| `FixedSize` | refused | as replace-one | q D at s / 2 (`accountants.swapped`) |
+| `FixedSize` | refused | two pairs (`accountants.emptied`) | q D at s / 2 (`accountants.swapped`) |
 | `OncePerEpoch` `BY_RECORD` | Gaussian(s) | Gaussian(s) | Gaussian(s / 2) |
 | `OncePerEpoch` `BY_POSITION` | refused | Gaussian(s) | Gaussian(s / 2) |
 | `HiddenFeedback`, c = C2 / C1 | the shifted pair (`accountants.shifted`) | the same | Gaussian(s / (2 + 2 c)) |
@@ -33,8 +33,7 @@ Gaussian, and those after it look at outputs (adaptive parallel composition). Th
 the same law in D and D', so mixing over it costs nothing (joint convexity). By position that fails where a record is
 added: all later ones may move to another batch.
 
-**Fixed size.** Zero-out is a case of replacing, by a record that contributes 0. When a record is added, n changes and
-with it the rate, so that no public n describes both datasets.
+**Fixed size.** When a record is added, n changes and with it the rate, so that no public n describes both datasets.
 """
 
 import math
@@ -59,7 +58,7 @@ from accountants.events import (
     TruncatedPoisson,
     UnpricedEvent,
 )
-from accountants.loss import FIXED, POISSON, SHIFTED, Step
+from accountants.loss import EMPTIED, FIXED, POISSON, SHIFTED, Step
 from accountants.nests import charged_under, leaves
 
 ADD_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
@@ -208,7 +207,8 @@ def _fixed_size(leaf: FixedSize, relation: str) -> tuple[Pair, float]:
         raise _refused(leaf, relation, "its rate changes with the number of records; use Poisson sampling")
     if leaf.batch_size == leaf.num_records:
         return _price_inner(leaf.event, relation)
-    return _replaced(math.nextafter(leaf.batch_size / leaf.num_records, 1.0), leaf.event, FIXED), 0.0
+    pair = EMPTIED if relation == ZERO_OUT else FIXED
+    return _replaced(math.nextafter(leaf.batch_size / leaf.num_records, 1.0), leaf.event, pair), 0.0
 
 
 def _once(leaf: OncePerEpoch, relation: str) -> tuple[Pair, float]:

@@ -82,9 +82,7 @@ def run_all(jobs: Sequence[Job], processes: int) -> tuple[list[Run], list[str]]:
 def noise_for(options: argparse.Namespace, epsilon: float) -> float:
     """The noise multiplier of every private run at `epsilon`."""
     rate = options.batch_size / options.num_train
-    return noise_multiplier(
-        epsilon=epsilon, delta=options.delta, sampling_rate=rate, steps=options.steps, accountant="prv"
-    )
+    return noise_multiplier(epsilon=epsilon, delta=options.delta, sampling_rate=rate, steps=options.steps)
 
 
 def tuned(options: argparse.Namespace, rows: Sequence[Example], pad: int) -> tuple[float, list[Run]]:

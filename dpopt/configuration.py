@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from accountants import Event, to_dict
+from accountants.registry import DEFAULT as DEFAULT_ACCOUNTANT
 from clipping import Clipper, GroupClipper
 from dpopt.budget import Budget
 from dpopt.filtered import AdaptiveBudget
@@ -74,6 +76,32 @@ def refuse_changed(
             "runs are charged as what they are, but a configuration chosen after looking at what was released "
             "before is beyond every bound except a filter's"
         )
+
+
+def accountant_of(ledger: object) -> str:
+    """The accountant that the last run on the ledger at path `ledger` declared, which a run that names none keeps.
+
+    Else the usual one. It is looked for before the file is verified; what a run declares is compared again after that.
+    """
+    path = Path(ledger) if isinstance(ledger, str | Path) else None
+    name = DEFAULT_ACCOUNTANT
+    if path is None or not path.is_file():
+        return name
+    with path.open("rb") as lines:
+        for line in lines:
+            if b'"attempt"' in line:
+                name = _declared_accountant(line) or name
+    return name
+
+
+def _declared_accountant(line: bytes) -> str | None:
+    try:
+        record = json.loads(line)
+        config = record["payload"]["config"] if record["kind"] == "attempt" else {}
+        name = config.get("accountant")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # verifying the file says what is wrong with it
+    return name if isinstance(name, str) else None
 
 
 def declared_assumptions(attempts: Sequence[Mapping[str, object]]) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from dpopt.attached import Attached
 from dpopt.budget import Budget
 from dpopt.calibrated import Standing
 from dpopt.closures import check_steps
+from dpopt.configuration import accountant_of
 from dpopt.estimators.estimator import Plain
 from dpopt.ledgers import SharedLedger
 from dpopt.loader import private_loader
@@ -57,7 +58,7 @@ from dpopt.validators import ModuleValidator
 class PrivacyEngine:
     """Makes an ordinary PyTorch training loop private; keyword-compatible with Opacus 1.6.
 
-    `accountant` is one of `accountants`' names. `ledger` is where charges are kept (default: a new file under
+    `accountant` is one of `accountants`' names (default: that of the ledger's last run, else "pld"). `ledger` is where charges are kept (default: a new file under
     `privacy-ledgers/`, printed); another configuration than its last run had is refused without
     `new_configuration`. `secure_mode` draws batches and noise exactly, from a cipher (`dpopt.tiers`).
     `sampler` is one of `dpopt.samplers`: "balls-in-bins" and "shuffled" go through the records once an epoch, and
@@ -84,7 +85,7 @@ class PrivacyEngine:
     def __init__(
         self,
         *,
-        accountant: str = "prv",
+        accountant: str | None = None,
         secure_mode: bool = False,
         sampler: str = "poisson",
         relation: str = ADD_REMOVE,
@@ -92,6 +93,7 @@ class PrivacyEngine:
         new_configuration: bool = False,
         insecure_seed: int | None = None,
     ) -> None:
+        accountant = accountant or accountant_of(ledger)
         refuse_gdp(accountant)
         find_accountant(accountant)
         check_relation(relation)

@@ -19,7 +19,7 @@ from dpopt import unchanged
 from dpopt.account import Account
 from dpopt.arguments import model_inputs, one_loss, only_estimator
 from dpopt.budget import Budget, require_small_delta
-from dpopt.configuration import configuration
+from dpopt.configuration import accountant_of, configuration
 from dpopt.differences import add_difference
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.prices import Prices, prices, require_priced
@@ -46,7 +46,8 @@ class PrivateTraining:
     fix what one step releases; `budget` caps the whole ledger, a path (default: a new file under `privacy-ledgers/`,
     printed); with an `AdaptiveBudget`, `mechanism` may be set anew from what was released. `relation` says which datasets are neighbours, one of `accountants.RELATIONS`, and `unit` what a record is.
     A run that continues a ledger is refused under another configuration than that of the last, unless
-    `new_configuration` says that it is meant.
+    `new_configuration` says that it is meant. `accountant_name` is one of `accountants.registry` (default: that of the
+    ledger's last run, else "pld").
     `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided
@@ -84,7 +85,7 @@ class PrivateTraining:
         sampling: Sampling,
         budget: Budget | AdaptiveBudget | None = None,
         ledger: str | Path | SharedLedger | None = None,
-        accountant_name: str = "prv",
+        accountant_name: str | None = None,
         unit: str | None = None,
         relation: str = ADD_REMOVE,
         example_inputs: Tensor | tuple | Mapping[str, object] | None = None,
@@ -106,7 +107,7 @@ class PrivateTraining:
         self.sampling = sampling
         self.insecure_seed = insecure_seed
         self.steps = 0
-        self.accountant = accountant(accountant_name, relation)
+        self.accountant = accountant(accountant_name or accountant_of(ledger), relation)
         self._account = Account.at(
             ledger,
             unit=unit or unit_of(sampling),

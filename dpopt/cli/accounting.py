@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -26,15 +27,17 @@ from accountants import (
     ledger_bound,
 )
 from accountants.ledger_bound import known_relation
-from accountants.registry import ACCOUNTANTS
+from accountants.registry import ACCOUNTANTS, DEFAULT
 from accountants.registry import accountant as named
-from dpopt.cli.failures import exit_codes
+from dpopt.cli.failures import BUDGET, INPUT, exit_codes
 from dpopt.cli.reading import ledger_at, patience, runs
 from dpopt.report import rounded_up
 
 NAMES = ", ".join(sorted(ACCOUNTANTS))
-_TIGHT = "pld"
 _POINTS = 40
+_SAMPLING_IGNORED = (
+    "zcdp takes no account of sampling: it is for full batches and whole epochs, and large elsewhere"
+)
 
 _NOISE = typer.Option(help="Noise / clip norm.")
 _RATE = typer.Option(help="Probability that a record takes part in a step: batch size / number of records.")
@@ -53,7 +56,10 @@ def epsilon(
     accountant: Annotated[str | None, _ONE] = None,
     plot: Annotated[Path | None, typer.Option(help="Write epsilon over steps (or charges) as a PNG.")] = None,
 ) -> None:
-    """Print upper bounds on epsilon of Poisson-sampled Gaussian steps, or of everything on a ledger."""
+    """Print upper bounds on epsilon of Poisson-sampled Gaussian steps, or of everything on a ledger.
+
+    Exit code 2 where an accountant has no price for something.
+    """
     errors = Console(stderr=True)
     with exit_codes(errors):
         relation = ADD_REMOVE
@@ -76,9 +82,11 @@ def epsilon(
             releases, unit = ((step, Repeated(step, steps).count),), "steps"
         title = f"{ledger or 'The plan'}: {sum(count for _, count in releases)} {unit}, delta {delta:g}"
         with patience(errors, f"pricing {len(releases)} different mechanisms"):
-            _print_prices(releases, delta, accountant, title, relation)
+            unpriced = _print_prices(releases, delta, accountant, title, relation)
             if plot is not None:
                 _plot(releases, delta, accountant, unit, plot, relation)
+    if unpriced:
+        raise typer.Exit(INPUT)
 
 
 def noise_multiplier(
@@ -86,14 +94,15 @@ def noise_multiplier(
     sampling_rate: Annotated[float, _RATE],
     steps: Annotated[int, _STEPS],
     delta: Annotated[float, _DELTA],
-    accountant: Annotated[str, typer.Option(help=f"One of {NAMES}.")] = "prv",
+    accountant: Annotated[str, typer.Option(help=f"One of {NAMES}.")] = DEFAULT,
 ) -> None:
     """Print the smallest noise multiplier that keeps Poisson-sampled Gaussian steps within a budget."""
-    with exit_codes(Console(stderr=True)):
+    errors = Console(stderr=True)
+    with exit_codes(errors), patience(errors, f"looking for the noise by {accountant}"):
         found = calibrate.noise_multiplier(
             epsilon=epsilon, sampling_rate=sampling_rate, steps=steps, delta=delta, accountant=accountant
         )
-        typer.echo(rounded_up(found, 4))
+        typer.echo(upwards(found))
 
 
 def calibration(
@@ -104,24 +113,45 @@ def calibration(
     steps: Annotated[int | None, _STEPS] = None,
     accountant: Annotated[str | None, _ONE] = None,
 ) -> None:
-    """Solve for the one of noise multiplier, sampling rate and steps that is not given, within a budget."""
-    with exit_codes(Console(stderr=True)):
+    """Solve for the one of noise multiplier, sampling rate and steps that is not given, within a budget.
+
+    Exit code 3 where an accountant finds none.
+    """
+    errors = Console(stderr=True)
+    with exit_codes(errors):
         if [noise_multiplier, sampling_rate, steps].count(None) != 1:
             raise ValueError(
                 "two of --noise-multiplier, --sampling-rate and --steps must be given; "
                 f"got {3 - [noise_multiplier, sampling_rate, steps].count(None)}; leave out the one to solve for"
             )
         solve, what = _solver(epsilon, delta, noise_multiplier, sampling_rate, steps)
-        if accountant is not None:
-            typer.echo(solve(accountant)[0])
-            return
-        table = Table("accountant", what, "epsilon", title=f"epsilon {epsilon:g} at delta {delta:g}")
-        for name in sorted(ACCOUNTANTS):
-            try:
-                table.add_row(name, *solve(name))
-            except ValueError as error:
-                table.add_row(name, "-", escape(str(error)))
+        with patience(errors, f"solving for the {what}"):
+            if accountant is not None:
+                typer.echo(solve(accountant)[0])
+                return
+            table = Table("accountant", what, "epsilon", title=f"epsilon {epsilon:g} at delta {delta:g}")
+            failed, told = _solved_rows(table, solve)
         Console().print(table)
+        for text in told:
+            Console().print(f"- {escape(text)}", highlight=False)
+    if failed:
+        raise typer.Exit(BUDGET)
+
+
+def _solved_rows(table: Table, solve: Callable[[str], tuple[str, str]]) -> tuple[bool, list[str]]:
+    """Fill the table, a row for each accountant: whether one found nothing, and what is odd about the rows."""
+    failed, told = False, []
+    for name in sorted(ACCOUNTANTS):
+        try:
+            value, price = solve(name)
+        except ValueError as error:
+            failed = True
+            table.add_row(name, "-", escape(str(error)))
+            continue
+        table.add_row(name, value, price)
+        if table.columns[1].header == "steps" and value == "0":
+            told.append(f"{name}: not one step fits the budget; add noise, lower the rate or raise epsilon")
+    return failed, [*told, _SAMPLING_IGNORED]
 
 
 def _solver(
@@ -135,8 +165,8 @@ def _solver(
             found = calibrate.noise_multiplier(
                 epsilon=epsilon, delta=delta, sampling_rate=q, steps=n, accountant=name
             )
-            sigma = float(rounded_up(found, 4))
-            shown = f"{sigma:.4f}"
+            shown = upwards(found)
+            sigma = float(shown)
         elif q is None and sigma is not None and n is not None:
             found = calibrate.sampling_rate(
                 epsilon=epsilon, delta=delta, noise_multiplier=sigma, steps=n, accountant=name
@@ -152,7 +182,7 @@ def _solver(
         price = calibrate.epsilon(
             noise_multiplier=sigma, sampling_rate=q, steps=n or 0, delta=delta, accountant=name
         )
-        return shown, rounded_up(price, 4)
+        return shown, upwards(price)
 
     missing = {"noise multiplier": noise, "sampling rate": rate, "steps": steps}
     return solve, next(name for name, value in missing.items() if value is None)
@@ -177,35 +207,48 @@ def _print_guarantee(history: History, delta: float, accountant: str | None, plo
             "guarantee does not grow with its charges; leave --plot out"
         )
     bound = ledger_bound(history, delta, accountant=None if accountant is None else named(accountant))
-    typer.echo(f"{rounded_up(bound.epsilon, 4)} ({bound.method}: the guarantee, however much was spent)")
+    typer.echo(f"{upwards(bound.epsilon)} ({bound.method}: the guarantee, however much was spent)")
     for text in bound.assumptions:
         Console().print(f"- {escape(text)}", highlight=False)
 
 
 def _print_prices(
     releases: tuple[tuple[Event, int], ...], delta: float, one: str | None, title: str, relation: str
-) -> None:
+) -> bool:
+    """Print the prices; return whether an accountant has none."""
     if one is not None:
-        typer.echo(rounded_up(_curve(releases, one, relation).epsilon(delta), 4))
-        return
+        typer.echo(upwards(_curve(releases, one, relation).epsilon(delta)))
+        return False
     table = Table("accountant", "epsilon, at most", "method", "adaptive", title=escape(title))
     assumptions: dict[str, None] = {}
+    unpriced = False
     for name in sorted(ACCOUNTANTS):
         try:
             bound = _curve(releases, name, relation).bound(delta)
         except UnpricedEvent as error:
+            unpriced = True
             table.add_row(name, "-", escape(str(error)), "")
             continue
         fits = "schedule may depend on outputs, inside a Filter" if named(name).adaptive else "no"
-        table.add_row(name, rounded_up(bound.epsilon, 4), bound.method, fits)
+        table.add_row(name, upwards(bound.epsilon), bound.method, fits)
         assumptions |= dict.fromkeys(
             f"{text} ({name})" if "conjecture" in text or "dominates" in text else text
             for text in bound.assumptions
         )
     console = Console()
     console.print(table)
-    for text in assumptions:
+    for text in (*assumptions, _SAMPLING_IGNORED):
         console.print(f"- {escape(text)}", highlight=False)
+    return unpriced
+
+
+def upwards(value: float) -> str:
+    """Write a number never below `value`: to 4 digits after the point, or 4 in all where it is small."""
+    if value >= 0.001 or value <= 0:
+        return rounded_up(value, 4)
+    scale = 10.0 ** (math.floor(math.log10(value)) - 3)
+    shown = math.ceil(value / scale)
+    return next(text for up in (0, 1, 2) if float(text := f"{(shown + up) * scale:.3e}") >= value)
 
 
 def _plot(
@@ -224,7 +267,7 @@ def _plot(
     total = sum(count for _, count in releases)
     counts = sorted({max(1, round(total * i / _POINTS)) for i in range(1, _POINTS + 1)}) if total else []
     lines: dict[str, list[tuple[int, float]]] = {}
-    for name in (one,) if one is not None else (_TIGHT, "rdp"):
+    for name in (one,) if one is not None else (DEFAULT, "rdp"):
         lines[name] = [(n, _curve(releases, name, relation, n).epsilon(delta)) for n in counts]
     path.write_bytes(prices(lines, delta=delta, unit=unit))
     Console(stderr=True).print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)

@@ -131,8 +131,12 @@ def finetune(
         ),
     ] = None,
     accountant: Annotated[
-        str, typer.Option(help=f"One of {accounting.NAMES}.", rich_help_panel=_PRIVACY)
-    ] = "prv",
+        str | None,
+        typer.Option(
+            help=f"One of {accounting.NAMES}. (default: that of the ledger's last run, or pld)",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
     unit: Annotated[
         str | None,
         typer.Option(help="What one record is, in words, for the report.", rich_help_panel=_PRIVACY),

@@ -29,7 +29,7 @@ class FinetuneConfig:
     `sampler` is one of `dpopt.samplers`, `relation` says which datasets are neighbours, `secure` takes batches and
     noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted.
     `optimizer` is one of `dpopt.finetune.tuning.OPTIMIZERS`, and `averaging` the decay of a moving average of the weights,
-    which is then what is evaluated and saved. `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
+    which is then what is evaluated and saved. `accountant` None is that of the ledger's last run, else "pld". `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
     anything else that is charged or clipped has changed.
     """
 
@@ -43,7 +43,7 @@ class FinetuneConfig:
     delta: float | None = None
     allow_large_delta: bool = False
     noise_multiplier: float | None = None
-    accountant: str = "prv"
+    accountant: str | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_size: int | None = None
@@ -146,9 +146,9 @@ def _check_privacy(config: FinetuneConfig) -> None:
         raise InputError(f"expected 0 < delta < 1; got {delta}; choose it below 1 / number of records")
     if noise is not None and not (math.isfinite(noise) and noise >= 0):
         raise InputError(f"expected a finite noise multiplier >= 0; got {noise}; leave it out to compute it")
-    if config.accountant not in ACCOUNTANTS:
+    if config.accountant is not None and config.accountant not in ACCOUNTANTS:
         raise InputError(
-            f"expected an accountant out of {sorted(ACCOUNTANTS)}; got {config.accountant!r}; prv is tight"
+            f"expected an accountant out of {sorted(ACCOUNTANTS)}; got {config.accountant!r}; pld is tight"
         )
 
 

@@ -27,7 +27,7 @@ SAMPLERS = {
 }
 ACCOUNTANTS = {
     "pld": "PLD (privacy loss on a grid, rounded up)",
-    "prv": "PRV (Fourier, upper end of its error band)",
+    "prv": "PRV (Fourier, upper end of its error band, or as PLD)",
     "rdp": "RDP (Renyi orders)",
     "zcdp": "zCDP (one number for all orders; sampling is not amplified)",
 }

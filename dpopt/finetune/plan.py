@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from accountants import Gaussian, UnpricedEvent, leaves, read
 from accountants.records import event_of
+from dpopt.configuration import accountant_of
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.named import Run, named_estimator
 from dpopt.estimators.prices import require_priced
@@ -198,7 +199,7 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: P
             epsilon=config.epsilon,
             delta=config.delta,
             noise_multiplier=_resumed_noise(ledger) if config.resume else config.noise_multiplier,
-            accountant_name=config.accountant,
+            accountant_name=config.accountant or accountant_of(ledger),
             ledger=ledger,
             estimator=_estimator(config, model, number, batch_size),
             sampler=config.sampler,

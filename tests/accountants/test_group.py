@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 
+import mpmath
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,8 @@ from accountants import (
     group,
 )
 from accountants.gaussian import gaussian_delta, gaussian_epsilon
+from accountants.loss import GROUP, Step
+from accountants.shifted import shifted_delta
 from tests.accountants.conformance import QUICK
 from tests.accountants.mixtures import hockey, poisson
 
@@ -48,11 +52,110 @@ def test_guarantee_group_covers_records_sampled_one_by_one(name, size):
         assert curve.delta(epsilon) >= truth - 1e-7
 
 
-def test_generic_conversion_gives_the_known_numbers():
+@pytest.mark.parametrize(("size", "truth"), [(1, 1.82824), (2, 3.979), (4, 8.899), (8, 20.90)])
+def test_groups_of_sampled_records_are_tight(size, truth):
+    """dp_accounting's mixture of Gaussians, to 4 digits; by single records 1, 4.231, 11.80 for 1, 2, 4 of them."""
     curve = accountant("pld").curve(Repeated(PoissonSampled(0.01, Gaussian(1.0)), 1000))
-    assert group(curve, 1).epsilon(1e-5) == pytest.approx(1.82824, rel=1e-3)
-    assert group(curve, 2).epsilon(1e-5) == pytest.approx(4.231, rel=1e-3)  # exact: 3.979
-    assert group(curve, 4).epsilon(1e-5) == pytest.approx(11.80, rel=1e-3)  # exact: 8.899
+    bound = group(curve, size).bound(1e-5)
+    assert bound.epsilon == pytest.approx(truth, rel=3e-4)
+    assert bound.method == f"pld, group of {size}"
+    assert group(curve, size).delta(bound.epsilon) == pytest.approx(1e-5, rel=0.01)
+    assert group(accountant("prv").curve(Repeated(PoissonSampled(0.01, Gaussian(1.0)), 1000)), 4).bound(
+        1e-5
+    ).epsilon == pytest.approx(8.899, rel=3e-4)
+
+
+def test_generic_conversion_where_nothing_better_is_known():
+    event = Repeated(PoissonSampled(0.01, Gaussian(1.0)), 1000)
+    curve = accountant("pld", REPLACE).curve(event)
+    one = curve.epsilon(1e-6)
+    assert 2 * curve.epsilon(5e-6) < group(curve, 2).epsilon(1e-5) < 2 * one * 1.5
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "sigma"), [(2, 0.3, 1.0), (3, 0.05, 0.8), (5, 0.5, 4.0), (64, 0.01, 9.0)]
+)
+def test_guarantee_the_pair_of_a_group_in_many_digits(size, rate, sigma):
+    """H(e) of the binomial mixture against the Gaussian, in both directions, by bisection in 40 digits."""
+    exact = mpmath.MPContext()
+    exact.dps = 40
+    s, q = exact.mpf(sigma), exact.mpf(rate)
+    w = [exact.binomial(size, j) * q**j * (1 - q) ** (size - j) for j in range(size + 1)]
+
+    def ratio(x):
+        return exact.fsum(w[j] * exact.exp((j * x - exact.mpf(j) ** 2 / 2) / s**2) for j in range(size + 1))
+
+    def at(value):
+        low, high = -400 * s, exact.mpf(400 * size)
+        for _ in range(140):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ratio(middle) < value else (low, middle)
+        return low
+
+    for epsilon in (0.0, 0.01, 0.7, 3.0):
+        e = exact.exp(exact.mpf(epsilon))
+        x = at(e)
+        joins = exact.fsum(w[j] * exact.ncdf((j - x) / s) for j in range(size + 1)) - e * exact.ncdf(-x / s)
+        leaves = exact.zero
+        if 1 / e > w[0]:
+            x = at(1 / e)
+            leaves = exact.ncdf(x / s) - e * exact.fsum(
+                w[j] * exact.ncdf((x - j) / s) for j in range(size + 1)
+            )
+        truth = max(joins, leaves)
+        mine = shifted_delta(Step(sigma, rate, GROUP, size=size), epsilon)
+        assert truth <= mine <= truth * (1 + 1e-6) + 1e-14
+
+
+def test_two_steps_of_a_group_are_the_integral():
+    rate, sigma, size = 0.2, 1.5, 3
+    x, pace = np.linspace(-12 * sigma, 14 * sigma, 3001, retstep=True)
+    base = np.exp(-x * x / 2 / sigma**2) / sigma / math.sqrt(2 * math.pi) * pace
+    w = [math.comb(size, j) * rate**j * (1 - rate) ** (size - j) for j in range(size + 1)]
+    ratio = sum(w[j] * np.exp((j * x - j * j / 2) / sigma**2) for j in range(size + 1))
+    both, weight = np.multiply.outer(ratio, ratio), np.multiply.outer(base, base)
+    curve = group(accountant("pld").curve(Repeated(PoissonSampled(rate, Gaussian(sigma)), 2)), size)
+    for epsilon in (0.2, 1.0, 3.0):
+        joins = float(np.sum(weight * np.maximum(both - math.exp(epsilon), 0)))
+        leaves = float(np.sum(weight * np.maximum(1 - math.exp(epsilon) * both, 0)))
+        assert max(joins, leaves) * (1 - 1e-4) <= curve.delta(epsilon) <= 1.01 * max(joins, leaves)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_contributions_of_a_group_in_any_directions_are_dominated(seed):
+    """Three records with contributions anywhere in the unit disc, each sampled by itself: both directions."""
+    rng = np.random.default_rng(seed)
+    rate, sigma, size = 0.4, 1.1, 3
+    x = np.linspace(-9, 9, 361)
+    plane, cell = np.meshgrid(x, x), (x[1] - x[0]) ** 2
+    angles, lengths = rng.uniform(0, 2 * math.pi, size), rng.uniform(0.4, 1, size)
+    centres = np.stack([lengths * np.cos(angles), lengths * np.sin(angles)], axis=1)
+    mixed, alone = np.zeros_like(plane[0]), None
+    for chosen in np.ndindex((2,) * size):
+        weight = math.prod(rate if c else 1 - rate for c in chosen)
+        a, b = np.array(chosen) @ centres
+        bump = np.exp(-((plane[0] - a) ** 2 + (plane[1] - b) ** 2) / 2 / sigma**2) / (2 * math.pi * sigma**2)
+        alone = bump if not any(chosen) else alone
+        mixed += weight * bump
+    for epsilon in (0.0, 0.3, 1.0):
+        bound = shifted_delta(Step(sigma, rate, GROUP, size=size), epsilon) + 1e-5
+        for p, r in ((mixed, alone), (alone, mixed)):
+            assert float(np.sum(np.maximum(p - math.exp(epsilon) * r, 0))) * cell <= bound
+
+
+@QUICK
+@given(st.floats(0.7, 6), st.sampled_from([0.005, 0.05, 0.4]), st.integers(1, 60), st.integers(1, 6))
+def test_groups_of_sampled_records_are_monotone(sigma, rate, count, size):
+    def price(sigma, rate, size):
+        return group(
+            accountant("pld").curve(Repeated(PoissonSampled(rate, Gaussian(sigma)), count)), size
+        ).epsilon(1e-5)
+
+    here = price(sigma, rate, size) * (1 - 1e-3)
+    assert price(sigma, rate, size + 1) >= here
+    assert price(sigma / 1.2, rate, size) >= here
+    assert price(sigma, min(1.0, rate * 1.3), size) >= here
+    assert here <= group(accountant("pld").curve(Repeated(Gaussian(sigma), count)), size).epsilon(1e-5)
 
 
 @QUICK

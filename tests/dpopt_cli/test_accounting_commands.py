@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from accountants import Gaussian, Ledger, PoissonSampled, Repeated, accountant, calibrate
+from accountants import FixedSize, Gaussian, Ledger, PoissonSampled, Repeated, accountant, calibrate
 from accountants.registry import ACCOUNTANTS
+from dpopt.cli.accounting import upwards
 from dpopt.cli.commands import app
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
@@ -80,7 +81,9 @@ def test_calibrate_solves_for_what_is_missing(missing: str) -> None:
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     budget = ["--epsilon", 1, "--delta", 1e-5]
     done = invoke("calibrate", *budget, *options)
-    assert done.exit_code == 0, done.output
+    # zcdp takes no account of the rate: none fits
+    assert done.exit_code == (3 if missing == "sampling-rate" else 0), done.output
+    assert "zcdp takes no account of sampling" in done.stdout
     assert all(name in done.stdout for name in ACCOUNTANTS)
     assert missing.replace("-", " ") in done.stdout
     found = float(invoke("calibrate", *budget, *options, "--accountant", "rdp").stdout)
@@ -122,3 +125,46 @@ def test_help_names_every_accountant(command: str) -> None:
 
 def test_a_missing_ledger_is_a_storage_failure(tmp_path: Path) -> None:
     assert invoke("epsilon", "--ledger", tmp_path / "none", "--delta", 1e-5).exit_code == 4
+
+
+def test_small_numbers_keep_their_digits_and_never_fall() -> None:
+    words = ["calibrate", "--epsilon", 1e-6, "--delta", 1e-5, "--steps", 100, "--sampling-rate", 0.01]
+    shown = re.findall(r"│ pld +│ ([\d.]+) +│ ([\d.e-]+)", invoke(*words).stdout)
+    assert 0 < float(shown[0][1]) <= 1e-6
+    for value in (1e-14, 9.9999e-4, 1.23456789e-7, 0.5, 0.0):
+        assert value <= float(upwards(value)) <= value * 1.001 + (1e-4 if value >= 1e-3 else 0)
+
+
+def test_no_step_that_fits_is_explained() -> None:
+    done = invoke(
+        "calibrate", "--epsilon", 3, "--delta", 1e-5, "--noise-multiplier", 0, "--sampling-rate", 0.01
+    )
+    assert done.exit_code == 0
+    assert done.stdout.count("not one step fits the budget; add noise") == len(ACCOUNTANTS)
+
+
+def test_many_runs_that_fit_and_too_many() -> None:
+    words = [
+        "calibrate",
+        "--epsilon",
+        3,
+        "--delta",
+        1e-5,
+        "--noise-multiplier",
+        1000,
+        "--sampling-rate",
+        1e-6,
+    ]
+    assert float(invoke(*words, "--accountant", "pld").stdout) > 1e15
+    done = invoke(*words[:6], 1e9, *words[7:], "--accountant", "pld")
+    assert done.exit_code == 2
+    assert "of which 10^18 runs fit" in re.sub(r"\s+", " ", done.stderr)
+
+
+def test_a_mechanism_without_a_price_fails_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(path, unit="one record", relation="add-or-remove-one") as book:
+        book.charge(FixedSize(10, 100, Gaussian(1.0)))
+    done = invoke("epsilon", "--ledger", path, "--delta", 1e-5)
+    assert done.exit_code == 2
+    assert "its rate changes with the number of records" in re.sub(r"[\s│]+", " ", done.stdout)
