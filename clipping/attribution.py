@@ -15,26 +15,28 @@ Shapes: N rows, B examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from clipping.errors import MixesExamples
 from clipping.grads import SampleGrads
 from clipping.row_graph import Found, walk
 from clipping.row_maps import BLOCKS, CYCLES, RowMap, joined
+from clipping.row_questions import MIXED, Question
 from clipping.tap import Call, Point, Record
+from clipping.turns import Origin
 
 EACH = "each"
 """The rows of every batch are asked for."""
 
-MIXED = -2
-"""The owner of a row that several examples reach."""
+ENOUGH = 2
+"""Times that a point is asked which nothing is sent back to: an adapter begins with zeros behind it."""
 
 
 class Key(NamedTuple):
@@ -67,57 +69,90 @@ class _Order(NamedTuple):
 
 
 class Attribution:
-    """The maps of rows to examples of the points that are alive, and the orders that were found."""
+    """The maps of rows to examples of the points that are alive, and the orders that were found.
 
-    def __init__(self) -> None:
+    The nodes of all points stand on `anchor`.
+    """
+
+    def __init__(self, anchor: Tensor) -> None:
         self.maps: WeakKeyDictionary[Point, RowMap] = WeakKeyDictionary()
-        self.asking = False
+        self._anchor = anchor
         self._rows: WeakKeyDictionary[Point, int] = WeakKeyDictionary()
         self._orders: dict[Key, _Order] = {}
-        self._proven: set[Key] = set()
+        self._looked: Counter[Key] = Counter()
+        self._question: Question | None = None
+
+    @property
+    def asking(self) -> bool:
+        """Whether a backward runs that only asks."""
+        return self._question is not None
 
     def doubt(self) -> None:
         """Ask again at the next backward."""
-        self._proven.clear()
+        self._looked.clear()
 
     def note(self, point: Point, num_rows: int) -> None:
         """A point of so many rows was made."""
         self._rows[point] = num_rows
 
-    def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
-        """Find the example of each row wherever rows are not the examples.
+    def see(self, points: Sequence[Point], grads: Sequence[Tensor | None]) -> None:
+        """The gradients of the outputs of points, in a backward that asks."""
+        if self._question is not None:
+            self._question.see(points, grads)
+
+    def is_open(self, num_examples: int, current: Callable[[Origin], bool]) -> bool:
+        """Whether it is to be asked whose the rows of some point are."""
+        points = ((p, n) for p, n in self._rows.items() if current(p.origin) and p not in self.maps)
+        return any(self._is_odd(p, n, num_examples) or self._is_new(p) for p, n in points)
+
+    def attribute(self, gates: Sequence[Any], num_examples: int, current: Callable[[Origin], bool]) -> None:
+        """Find the example of each row wherever rows are not the examples, and see that they are elsewhere.
 
         `gates` are tensors or edges of a graph whose first dimension holds the examples, the losses say. The graph stays
-        usable.
+        usable. `current` tells the forwards that they may come from. Where a point is new, or `doubt` was raised, all
+        are asked for.
+
+        Guarantees
+        ----------
+        Where it is asked, each row is taken for the example whose loss it alone reaches, whatever the model does with
+        rows; rows that several losses reach raise MixesExamples
+        (test_guarantee_each_row_is_clipped_with_the_example_that_it_reaches).
         """
-        odd = [
-            p for p, rows in self._rows.items() if self._is_odd(p, rows, num_examples) and p not in self.maps
-        ]
-        if not odd or num_examples == 0:
+        if not num_examples or not self.is_open(num_examples, current):
             return
-        found = walk(gates)
+        found = {p: place for p, place in walk(gates).items() if p in self._rows and p not in self.maps}
+        whole = any(self._is_new(point) for point in found)
         asked: dict[Point, Found] = {}
-        for point in odd:
-            place = found.get(point)
-            if place is None:
-                continue
-            key = _key(point)
-            order, rows = self._orders.get(key), self._rows[point]
+        for point, place in found.items():
+            rows, order = self._rows[point], self._orders.get(_key(point))
+            odd = self._is_odd(point, rows, num_examples)
             if num_examples == 1:
-                self.maps[point] = RowMap(1, rows, BLOCKS)
-            elif (
-                order is None
-                or place.dynamic
-                or key not in self._proven
-                or not order.fits(rows, num_examples)
-            ):
+                if rows != 1:
+                    self.maps[point] = RowMap(1, rows, BLOCKS)
+            elif whole or (odd and (order is None or place.dynamic or not order.fits(rows, num_examples))):
                 asked[point] = place
-            else:
+            elif odd and order is not None:
                 self.maps[point] = order.map(place, num_examples)
         if asked:
-            owners = self._ask(asked, gates, [_sent_back(gate) for gate in gates], num_examples)
+            with self._asked(asked, gates, whole) as question:
+                owners = question.owners(num_examples)
             for point, owner in owners.items():
                 self._learn(point, asked[point], owner, num_examples)
+
+    @contextmanager
+    def _asked(self, asked: Mapping[Point, Found], gates: Sequence[Any], whole: bool) -> Iterator[Question]:
+        self._question = Question(asked, gates, self._anchor if whole else None)
+        try:
+            yield self._question
+        finally:
+            self._question = None
+
+    def _is_new(self, point: Point) -> bool:
+        return self._looked[_key(point)] < ENOUGH
+
+    def _is_odd(self, point: Point, num_rows: int, num_examples: int) -> bool:
+        order = self._orders.get(_key(point))
+        return num_rows != num_examples or (order is not None and order.is_always_asked)
 
     def rows(self, record: Record, point: Point, num_rows: int, shape: Sequence[int] = ()) -> RowMap | None:
         """Whose the `num_rows` rows of a point are in this backward; None where each is an example.
@@ -145,62 +180,6 @@ class Attribution:
             "keep the examples in the first dimension, (B, K, ...), or call the layer once for each of the K rows"
         )
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        self.asking = True
-        try:
-            yield
-        finally:
-            self.asking = False
-
-    def has_odd(self, num_examples: int) -> bool:
-        """Whether some rows are not the examples, and nobody has asked whose they are."""
-        return any(self._is_odd(p, n, num_examples) and p not in self.maps for p, n in self._rows.items())
-
-    def _is_odd(self, point: Point, num_rows: int, num_examples: int) -> bool:
-        order = self._orders.get(_key(point))
-        return num_rows != num_examples or (order is not None and order.is_always_asked)
-
-    def _ask(
-        self, asked: Mapping[Point, Found], gates: Sequence[Any], grads: Sequence[Tensor], num_examples: int
-    ) -> dict[Point, Tensor]:
-        """The owner of each row of each point, -1 where nothing is sent back; MIXED where several reach it.
-
-        (N,), or (N, L) where the point has tensors of three or more dimensions, the first two of which these are.
-        """
-        edges = [edge for place in asked.values() for edge in place.edges]
-        owners: dict[Point, Tensor] = {}
-        numbers = torch.arange(num_examples)
-        for bit in range((num_examples - 1).bit_length()):
-            half = (numbers >> bit) & 1 == 1
-            reached = [self._reached(asked, edges, gates, grads, chosen) for chosen in (half, ~half)]
-            for point, ones, zeros in zip(asked, *reached, strict=True):
-                known = owners.get(point)
-                known = torch.full(ones.shape, -1, device=ones.device) if known is None else known
-                found = torch.where(ones | zeros, known.clamp_min(0) | (ones.long() << bit), known)
-                owners[point] = torch.where((ones & zeros) | (known == MIXED), MIXED, found)
-        return owners
-
-    def _reached(
-        self,
-        asked: Mapping[Point, Found],
-        edges: Sequence[GradientEdge],
-        gates: Sequence[Any],
-        grads: Sequence[Tensor],
-        chosen: Tensor,
-    ) -> list[Tensor]:
-        sent = []
-        for grad in grads:
-            mask = chosen.to(grad.device).view(-1, *(1,) * (grad.dim() - 1))
-            sent.append(torch.where(mask, grad, torch.zeros_like(grad)))
-        with self._quiet():
-            found = list(torch.autograd.grad(gates, edges, sent, retain_graph=True, allow_unused=True))
-        rows = []
-        for place in asked.values():
-            mine, found = found[: len(place.edges)], found[len(place.edges) :]
-            rows.append(_nonzero(place, mine))
-        return rows
-
     def _learn(self, point: Point, place: Found, owners: Tensor, num_examples: int) -> None:
         key, known = _key(point), self._orders.get(_key(point))
         depth = 1
@@ -213,10 +192,18 @@ class Attribution:
                 f"expected each row of {_name(point)!r} to belong to one example; got rows that the losses of several "
                 "reach; look for attention across the batch, statistics of the batch, and losses that compare examples"
             )
+        self._looked[key] += (
+            ENOUGH if bool((owners >= 0).any()) else 1
+        )  # a layer behind zeros is asked once more
+        if (
+            depth == 1
+            and _are_examples(owners, num_examples)
+            and (known is None or not known.is_always_asked)
+        ):
+            return
         orders = [] if place.dynamic else _orders(owners, num_examples)
         if len(orders) == 1 and known in (None, _Order(orders[0], depth)):
             order = self._orders[key] = _Order(orders[0], depth)
-            self._proven.add(key)
             self.maps[point] = order.map(place, num_examples)
             return
         if not orders:
@@ -224,15 +211,10 @@ class Attribution:
         self.maps[point] = RowMap.of_owners(owners, num_examples, depth)
 
 
-def _sent_back(gate: Any) -> Tensor:
-    """A gradient (B, ...) of a gate, the same for each example; not ones, which some functions send nothing back for."""
-    if isinstance(gate, Tensor):
-        shape, dtype, device = gate.shape, gate.dtype, gate.device
-    else:
-        known = gate.node._input_metadata[gate.output_nr]
-        shape, dtype, device = known.shape, known.dtype, known.device
-    row = torch.linspace(1, 2, math.prod(shape[1:]), dtype=dtype, device=device)
-    return row.view(shape[1:]).expand(shape)
+def _are_examples(owners: Tensor, num_examples: int) -> bool:
+    """Whether each row that is reached is an example."""
+    numbers = torch.arange(num_examples, device=owners.device)
+    return len(owners) == num_examples and bool((owners == numbers)[owners >= 0].all())
 
 
 def _in_one(owners: Tensor) -> Tensor:
@@ -244,18 +226,6 @@ def _in_one(owners: Tensor) -> Tensor:
 
 def _can_be_deep(point: Point) -> bool:
     return isinstance(point, Call) and point.dims is None and point.spread is None
-
-
-def _nonzero(place: Found, grads: Sequence[Tensor | None]) -> Tensor:
-    shape = place.rows_shape
-    device = next((g.device for g in grads if g is not None), None)
-    reached = torch.zeros(shape, dtype=torch.bool, device=device)
-    for grad, dim in zip(grads, place.dims, strict=True):
-        if grad is not None:
-            rows = grad.movedim(dim, 0)
-            # Zero times the infinity of a broken example is NaN, and tells nothing.
-            reached |= ((rows != 0) & torch.isfinite(rows)).reshape(*shape, -1).any(-1)
-    return reached
 
 
 def regrouped(found: Mapping[str, SampleGrads], rows: RowMap | None) -> dict[str, SampleGrads]:

@@ -41,7 +41,8 @@ class Place(NamedTuple):
     lead: int = 0
 
 
-Deliver = Callable[["Meeting", Tensor], None]
+Deliver = Callable[[Sequence["Meeting"], Tensor, Callable[[], Sequence[Tensor]]], None]
+"""(meetings, gradient of what they made or were handed as, (N, ...), what makes each one's own gradient of it)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -65,10 +66,10 @@ class Met(torch.autograd.Function):
     """A shared value handed to an operation: itself, or one view of it for each row."""
 
     @staticmethod
-    def forward(ctx, meeting: Meeting, value: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, meeting: Meeting, anchor: Tensor, value: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Remember the meeting."""
         ctx.set_materialize_grads(False)
-        ctx.call = meeting
+        ctx.meetings = (meeting,)
         value, place = value.detach(), meeting.place
         if place.kind != "broadcast":
             return value
@@ -78,13 +79,12 @@ class Met(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deliver the gradient by rows; hand on none."""
-        meeting: Meeting = ctx.call
+        (meeting,) = ctx.meetings
         if grad is not None:
-            place = meeting.place
-            if place.kind == "broadcast":
-                grad = grad.reshape(place.rows, *meeting.value.shape)
-            meeting.deliver(meeting, grad)
-        return None, None
+            shape = meeting.value.shape
+            own = grad.reshape(meeting.place.rows, *shape) if meeting.place.kind == "broadcast" else grad
+            meeting.deliver(ctx.meetings, grad, lambda: [own])
+        return None, None, None
 
 
 class Valve(torch.autograd.Function):
@@ -106,10 +106,16 @@ class Split(torch.autograd.Function):
     """The result of an operation that is run again in the backward, once for each row, to split its gradient."""
 
     @staticmethod
-    def forward(ctx, meetings: tuple[Meeting, ...], operation: Operation, result: Tensor, *values: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx,
+        meetings: tuple[Meeting, ...],
+        anchor: Tensor,
+        operation: Operation,
+        result: Tensor,
+        *values: Tensor,
+    ):
         """Remember the operation; hand on its result."""
         ctx.set_materialize_grads(False)
-        ctx.call = meetings[0]
         ctx.meetings = meetings
         ctx.operation = operation
         ctx.versions = [x._version for x in tensors_of((operation.args, operation.kwargs))]
@@ -127,9 +133,9 @@ class Split(torch.autograd.Function):
                     f"expected the arguments of {operation.name!r} to stay as they were, where a value that serves all examples "
                     "meets them; got one changed in place afterwards; change a copy"
                 )
-            for meeting, found in zip(ctx.meetings, _split(operation, ctx.meetings, grad), strict=True):
-                meeting.deliver(meeting, found)
-        return None, None, grad, *(None,) * ctx.num_values
+            meetings: tuple[Meeting, ...] = ctx.meetings
+            meetings[0].deliver(meetings, grad, lambda: _split(operation, meetings, grad))
+        return None, None, None, grad, *(None,) * ctx.num_values
 
 
 def _split(operation: Operation, meetings: Sequence[Meeting], grad: Tensor) -> list[Tensor]:

@@ -43,12 +43,12 @@ _WRAPPED = 1 << 64
 
 
 class Found(NamedTuple):
-    """A point in the graph of the losses: where its outputs are, with the rows in `dims`, and of what shapes.
+    """A point in the graph of the losses: its node, the dimensions of its outputs with the rows, and their shapes.
 
     `dynamic` says that data decide what lies between.
     """
 
-    edges: tuple[GradientEdge, ...]
+    node: Any
     dims: tuple[int, ...]
     shapes: tuple[Sequence[int], ...]
     dynamic: bool
@@ -85,10 +85,10 @@ def _counts(index: Tensor) -> bool:
 
 def _points(node: Any) -> Sequence[Point]:
     name = node.name()
-    if name in ("TapBackward", "MetBackward"):
+    if name == "TapBackward":
         waits = getattr(node.call.deliver, "__self__", None)
         return (waits.call if isinstance(waits, Arrivals) else node.call,)
-    return node.meetings if name == "SplitBackward" and hasattr(node, "meetings") else ()
+    return node.meetings if name in ("MetBackward", "SplitBackward") and hasattr(node, "meetings") else ()
 
 
 def walk(gates: Sequence[Any]) -> dict[Point, Found]:
@@ -112,11 +112,10 @@ def walk(gates: Sequence[Any]) -> dict[Point, Found]:
         dynamic = flags[node]
         for point in _points(node):
             outputs = len(node._input_metadata)
-            edges = tuple(GradientEdge(node, i) for i in range(outputs))
             known = point.dims if isinstance(point, Call) else None
             dims = (0,) * outputs if known is None else known.outputs
             shapes = tuple(tuple(x.shape) for x in node._input_metadata)
-            found[point] = Found(edges, tuple(dim or 0 for dim in dims), shapes, dynamic)
+            found[point] = Found(node, tuple(dim or 0 for dim in dims), shapes, dynamic)
         below = dynamic or _is_dynamic(node)
         for following, _ in node.next_functions:
             reach(following, below)

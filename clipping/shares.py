@@ -78,26 +78,30 @@ def _leaf(value: Tensor, name: str) -> Tensor:
     return made
 
 
+class Home(NamedTuple):
+    """What all forwards of a tape share.
+
+    The names of its parameters, by id; what stays from one forward to the next; the leaf on which the nodes of meetings
+    stand; who is told of meetings where they are made; and what they deliver to.
+    """
+
+    parameters: Mapping[int, str]
+    constants: Constants
+    anchor: Tensor
+    register: Callable[[Meeting], None]
+    deliver: Deliver
+
+
 class Forward:
     """One forward that is followed: its shared values, and how each of them was used."""
 
-    def __init__(
-        self,
-        rows: int,
-        parameters: Mapping[int, str],
-        constants: Constants,
-        origin: Origin,
-        take: Deliver,
-        register: Callable[[Meeting], None],
-    ) -> None:
+    def __init__(self, rows: int, home: Home, origin: Origin) -> None:
         self.rows = rows
-        self.values = Unbatched(constants, self)
+        self.values = Unbatched(home.constants, self)
         self.uses: dict[Key, set[Use]] = {}
         self.stands_in = False
-        self._parameters = parameters
+        self._home = home
         self._origin = origin
-        self._take = take
-        self._register = register
         self._stand_ins: dict[int, Tensor] = {}
         self._direct: dict[int, Key] = {}
         self._keys: dict[Source, Key] = {}
@@ -107,7 +111,7 @@ class Forward:
 
     def stand_in(self, parameter: nn.Parameter) -> Tensor | None:
         """The stand-in of a trainable parameter of the model that is used outside of its layer."""
-        name = self._parameters.get(id(parameter))
+        name = self._home.parameters.get(id(parameter))
         if name is None or not parameter.requires_grad:
             return None
         if id(parameter) not in self._stand_ins:
@@ -208,14 +212,14 @@ class Forward:
     def _meeting(self, operation: Operation, value: Tensor, place: Place) -> Meeting:
         sources = self.values.sources(value)
         names = tuple(sorted({name for source in sources for name in source.names}))
-        meeting = Meeting(place, value, sources, names, operation.name, self._origin, self._take)
-        self._register(meeting)
+        meeting = Meeting(place, value, sources, names, operation.name, self._origin, self._home.deliver)
+        self._home.register(meeting)
         return meeting
 
     def _meet(self, operation: Operation, value: Tensor, place: Place) -> Tensor:
         known = self._met.get((id(value), place))
         if known is None:
-            met = Met.apply(self._meeting(operation, value, place), value)
+            met = Met.apply(self._meeting(operation, value, place), self._home.anchor, value)
             known = self._met[id(value), place] = (value, met)  # the value, so that its id stays its own
         return known[1]
 
@@ -231,7 +235,7 @@ class Forward:
         valve[0] = False
         place = Place("other", result.shape[0])
         meetings = tuple(self._meeting(operation, x, place) for x in shared)
-        return Split.apply(meetings, operation, result, *shared), False
+        return Split.apply(meetings, self._home.anchor, operation, result, *shared), False
 
     def finish(self) -> None:
         """The forward has ended."""
@@ -259,9 +263,8 @@ def _with(operation: Operation, made: Mapping[int, Tensor]) -> Operation:
 class Shares:
     """What is known of the shared values of a model from the forwards that were followed."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._constants = Constants(model)
-        self._parameters = {id(p): name for name, p in parameters.items()}
+    def __init__(self, home: Home) -> None:
+        self._home = home
         self._plan: dict[Key, Use] = {}
         self._made: dict[tuple[str, torch.Size], Use] = {}
         self._seen: set[Key] = set()
@@ -277,15 +280,7 @@ class Shares:
         """Follow the next forward."""
         self._settled.clear()
 
-    def begin(
-        self,
-        entry: str,
-        rows: int,
-        given: Sequence[Tensor],
-        origin: Origin,
-        take: Deliver,
-        register: Callable[[Meeting], None],
-    ) -> None:
+    def begin(self, entry: str, rows: int, given: Sequence[Tensor], origin: Origin) -> None:
         """A forward of the model, or of its part `entry`, begins on so many rows of the tensors that it is `given`."""
         self.unwind()
         self._entry = entry
@@ -294,7 +289,7 @@ class Shares:
         self._rows = rows
         self._inside = True
         if self._always or entry not in self._settled:
-            forward = Forward(rows, self._parameters, self._constants, origin, take, register)
+            forward = Forward(rows, self._home, origin)
             for value in given:
                 forward.values.note(value, known=False)
             forward.values.__enter__()

@@ -183,11 +183,17 @@ class Tap(torch.autograd.Function):
                 "quotient of outputs, (model(x + h * direction) - model(x)) / h"
             )
         # torch.autograd.grad for given inputs leaves parameters out, for which the anchor stands: nothing is to record.
-        wanted = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
-        if wanted and any(g is not None for g in grads):
+        if _is_run(ctx.next_functions[0][0]) and any(g is not None for g in grads):
             call: Call = ctx.call
             call.deliver(call, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *(None,) * ctx.num_saved)
+
+
+def _is_run(node: object) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportArgumentType]
+    except RuntimeError:  # it is itself what torch.autograd.grad was asked for
+        return True
 
 
 def refuse_taped(parameters: Mapping[str, nn.Parameter]) -> None:

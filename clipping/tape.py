@@ -13,7 +13,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -48,10 +48,11 @@ from clipping.rules.dropouts import draws_masks
 from clipping.rules.generic import BatchDims, is_floating
 from clipping.rules.registry import Inputs
 from clipping.shared_calls import SharedCall, gradients_at
-from clipping.shares import Shares
+from clipping.shares import Home, Shares
 from clipping.structures import flatten, unflatten
 from clipping.tap import Autocast, Call, Point, Record, Refusal, Tap, refuse_taped
 from clipping.turns import Origin, Turns
+from clipping.unbatched import Constants
 from clipping.unruled import Begun, Kept, Ran, Unruled, refuse_otherwise
 
 _TENSOR = object()
@@ -81,10 +82,11 @@ class Tape:
         self.layers = recorded_layers(model)
         self._begin = begin
         self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
-        self._shares = Shares(model, self.parameters)
-        self._attribution = Attribution()
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
+        known = {id(p): name for name, p in self.parameters.items()}
+        self._shares = Shares(Home(known, Constants(model), self._anchor, self._register, self._arrive))
+        self._attribution = Attribution(self._anchor)
         self._hooks: list[RemovableHandle] = []
         self._frames = Frames()
         self._unruled = Unruled(self.layers, self.parameters, batch_dim, self._serves, self._expanded_child)
@@ -203,20 +205,15 @@ class Tape:
         `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,).
         """
         if self.batch_dim == 0 and not self.is_paused:
-            self._attribution.attribute(gates, num_examples)
+            self._attribution.attribute(gates, num_examples, self.turns.is_current)
 
     def attribute_below(self, roots: Sequence[Any], num_examples: int) -> None:
         """`attribute`, where a backward of `roots` begins and the losses are those that it is the mean or sum of."""
-        if (
-            self.batch_dim != 0
-            or self.is_paused
-            or self.is_asking
-            or not self._attribution.has_odd(num_examples)
-        ):
+        if self.is_asking or not self._attribution.is_open(num_examples, self.turns.is_current):
             return
         losses = losses_below(roots, num_examples)
         if losses is not None or num_examples == 1:
-            self._attribution.attribute(roots if losses is None else [losses], num_examples)
+            self.attribute(roots if losses is None else [losses], num_examples)
 
     def __enter__(self) -> Tape:
         """Attach."""
@@ -260,7 +257,7 @@ class Tape:
         self._entry = module
         self._origin = self.turns.origin()
         if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
-            self._shares.begin(name, self._batch_hint, tensors, self._origin, self._arrive, self._register)
+            self._shares.begin(name, self._batch_hint, tensors, self._origin)
 
     def _register(self, meeting: Meeting) -> None:
         self._attribution.note(meeting, meeting.place.rows)
@@ -443,20 +440,22 @@ class Tape:
         return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
 
     def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if not self.is_asking:
-            with self._lock:
-                self._take(call, saved, grads)
-
-    def _arrive(self, meeting: Meeting, grad: Tensor) -> None:
-        """Take the gradient, by rows, of a value that serves all examples."""
         if self.is_asking:
-            return
+            return self._attribution.see((call,), grads)
         with self._lock:
-            record = self._record(meeting.origin, meeting.names[0])
-            refuse_rounded(meeting.names[0], (grad,), mean=self._mean)
-            rows = self._attribution.rows(record, meeting, meeting.place.rows)
-            found = gradients_at(meeting, grad, rows, self._again) if record.num_examples else {}
-            record.take(meeting, meeting.names, found)
+            self._take(call, saved, grads)
+
+    def _arrive(self, meetings: Sequence[Meeting], grad: Tensor, own: Callable[[], Sequence[Tensor]]) -> None:
+        """Take the gradients, by rows, of values that serve all examples."""
+        if self.is_asking:
+            return self._attribution.see(meetings, (grad,))
+        with self._lock:
+            record = self._record(meetings[0].origin, meetings[0].names[0])
+            refuse_rounded(meetings[0].names[0], (grad,), mean=self._mean)
+            for meeting, mine in zip(meetings, own(), strict=True):
+                rows = self._attribution.rows(record, meeting, meeting.place.rows)
+                found = gradients_at(meeting, mine, rows, self._again) if record.num_examples else {}
+                record.take(meeting, meeting.names, found)
 
     def _record(self, origin: Origin, name: str) -> Record:
         """That of the running backward."""

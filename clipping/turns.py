@@ -38,9 +38,13 @@ class Turns:
         """That of a forward which begins now."""
         return Origin(self._turn)
 
+    def is_current(self, origin: Origin) -> bool:
+        """Whether a forward ran in this turn."""
+        return origin.turn is self._turn
+
     def require(self, origin: Origin, unit: object | None) -> None:
         """Raise RuntimeError where `origin` cannot deliver to `unit`; None stands for one that adds nothing."""
-        if origin.turn is not self._turn:
+        if not self.is_current(origin):
             raise RuntimeError(
                 "expected losses of the batch drawn last; got a backward through a forward that ran before that batch "
                 "was drawn, whose examples this step does not account for, or before a public step, which moved the "
