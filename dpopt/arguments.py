@@ -101,8 +101,9 @@ def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     Numbers (B, L) are the targets of L binary labels or of L regressions, each a mean over elements.
     """
     labels = kwargs.get("labels")
-    tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
-    if torch.is_grad_enabled() and tokens:
+    if not torch.is_grad_enabled() or not isinstance(labels, Tensor):
+        return
+    if labels.dim() > 1 and not labels.is_floating_point():
         raise ValueError(
             f"expected no token labels in the private forward; got labels of {labels.dim()} dimensions: the model's own loss "
             "averages over the tokens of the whole batch, so examples rescale each other; compute "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
 from clipping.costs import DEFAULT
-from clipping.loss_checks import LossChecks
+from clipping.loss_checks import LossChecks, LossReport
 from dpopt import unchanged
 from dpopt.account import Account
 from dpopt.arguments import model_inputs, one_loss, only_estimator
@@ -295,6 +295,11 @@ class PrivateTraining:
         generator's samples are; where the inputs are private examples, these gradients tell about them.
         """
         return self.sum.tape.paused()
+
+    @property
+    def loss_report(self) -> LossReport:
+        """Which checks the losses of this run have passed, where they are checked; it can be printed."""
+        return LossReport(0, 0, 0, 0) if self.sum.checks is None else self.sum.checks.report
 
     def check_losses(self) -> None:
         """Look at every backward before it begins, as the familiar door does: see `clipping.loss_checks`."""

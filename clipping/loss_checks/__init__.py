@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a scalar loss a sum of what each example gives by itself?
+"""Checks that a scalar loss is a sum of what each example gives by itself.
 
 A backward of `loss` gives row i of every layer the gradient of the *whole* loss in example i's outputs. That is the
 gradient of example i's own loss, over B, only where the loss is a mean over the examples, each with a loss of its own.
@@ -32,6 +32,7 @@ What cannot be seen
 - gradients of modules outside the private model, which nothing clips.
 """
 
-from clipping.loss_checks.checks import LossChecks, LossReport
+from clipping.loss_checks.checks import LossChecks
+from clipping.loss_checks.loss_report import LossReport
 
 __all__ = ["LossChecks", "LossReport"]

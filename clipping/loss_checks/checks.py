@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.entrance import ENTRANCE
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
+from clipping.loss_checks.loss_report import LossReport
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
@@ -34,28 +34,6 @@ from clipping.tape import Tape
 _KEPT = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class LossReport:
-    """Which checks the losses of a run have passed; tells nothing of the data.
-
-    `num_shown` backwards were shown by their graph to be of a mean (or sum) over examples. Of `num_given` more, whose
-    losses came one for each example, it was only looked whether something brings examples together. In `num_followed`
-    of `num_draws` draws the batch was followed from the loader to the loss.
-    """
-
-    num_shown: int
-    num_given: int
-    num_followed: int
-    num_draws: int
-
-    def __str__(self) -> str:
-        return (
-            f"losses: {self.num_shown} backwards shown by their graph to be of a sum over examples, {self.num_given} of "
-            f"losses given one for each example; {self.num_followed} of {self.num_draws} draws followed from the loader "
-            "to the loss; not seen: numbers made outside torch, padding, other modules' gradients"
-        )
-
-
 class LossChecks:
     """Looks at every backward of a run before it begins; see the package for what is checked and what cannot be.
 
@@ -64,9 +42,7 @@ class LossChecks:
     probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
     """
 
-    def __init__(
-        self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]
-    ) -> None:
+    def __init__(self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]) -> None:
         self._tape = tape
         self._mean = mean
         self._whole = whole
@@ -88,7 +64,9 @@ class LossChecks:
 
     def attach(self) -> LossChecks:
         """Begin to look."""
-        self._hooks.append(self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True))
+        self._hooks.append(
+            self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True)
+        )
         ENTRANCE.enter(self)
         return self
 
@@ -254,7 +232,9 @@ class LossChecks:
         if facts.repeatable and not following and not isinstance(key[1], Tensor):
             if len(self._passed) >= _KEPT:
                 self._passed.clear()
-            steps = trail(found.nodes[-1], self._tape.batch_dim, self._order).steps  # with all that was asked for by now
+            steps = trail(
+                found.nodes[-1], self._tape.batch_dim, self._order
+            ).steps  # with all that was asked for by now
             self._passed[(steps, *key[1:])] = tuple(facts.again)
         return True
 
@@ -282,7 +262,9 @@ def _started(facts: Facts, state: State, grad: Any) -> State:
         facts.repeatable = False
         return state
     if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
-        return Unproven("a gradient other than the same number for all losses, given to backward()", shown=False)
+        return Unproven(
+            "a gradient other than the same number for all losses, given to backward()", shown=False
+        )
     state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))
     return Total((state.factor,)) if isinstance(state, Rows) else state
 

@@ -16,8 +16,8 @@ from clipping.loss_checks.layout import Layout, Shape
 from clipping.loss_checks.reductions import total
 from clipping.loss_checks.state import (
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,
@@ -29,9 +29,7 @@ from clipping.loss_checks.state import (
 
 NONE, MEAN, SUM = 0, 1, 2
 
-WEIGHTED = (
-    'weigh the losses of reduction="none" and pass them to engine.backward(losses), which needs no mean of the weights'
-)
+WEIGHTED = 'weigh the losses of reduction="none" and pass them to engine.backward(losses), which needs no mean of the weights'
 IGNORED = (
     'average the losses of reduction="none" over each example\'s own positions (for language models '
     "dpopt.causal_lm_losses(logits, labels)) and pass them to engine.backward(losses)"
@@ -78,15 +76,27 @@ def class_losses(facts: Facts, operation: Operation) -> State:
     """`nll_loss` and `nll_loss2d`: a mean divides by the sum of the weights of the targets that are not ignored."""
     state, shape = operation.states[0], operation.shapes[0]
     if not isinstance(state, Rows | Alone) or shape is None:
-        return state if not isinstance(state, Total) else unproven(operation, "a function of a sum over the examples")
+        return (
+            state
+            if not isinstance(state, Total)
+            else unproven(operation, "a function of a sum over the examples")
+        )
     for known in operation.states[1:]:
         if isinstance(known, Unproven | Total):
-            return known if isinstance(known, Unproven) else unproven(operation, "labels made from the whole batch")
+            return (
+                known
+                if isinstance(known, Unproven)
+                else unproven(operation, "labels made from the whole batch")
+            )
         if isinstance(known, Rows) and isinstance(state, Rows) and known.layout != state.layout:
             return unproven(operation, "the labels of other examples than the outputs")
     facts.settled(state.factor if isinstance(state, Rows) else next(iter(state.factors.values())))
     if isinstance(state, Alone):
-        return Alone(dict.fromkeys(state.factors, Factor())) if state.single else unproven(operation, "several examples")
+        return (
+            Alone(dict.fromkeys(state.factors, Factor()))
+            if state.single
+            else unproven(operation, "several examples")
+        )
     if state.layout.dim != 0:
         return unproven(operation, "classes in the dimension of the examples")
     if operation.get("reduction") != MEAN:

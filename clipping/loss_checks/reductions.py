@@ -13,8 +13,8 @@ from clipping.loss_checks.arithmetic import scaled
 from clipping.loss_checks.layout import Layout, Shape, reduced
 from clipping.loss_checks.state import (
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,
@@ -80,6 +80,25 @@ def within(facts: Facts, operation: Operation) -> State:
         return unproven(operation, "an operation over the examples of the batch, neither a sum nor a mean")
     facts.settled(state.factor)
     return Rows(_kept(state.layout, dims, shape, operation.out))
+
+
+def of_matrices(facts: Facts, operation: Operation) -> State:
+    """An operation on matrices in the last two dimensions, the same on each."""
+    found: Layout | None = None
+    for state, shape in zip(operation.states, operation.shapes, strict=True):
+        if state is None:
+            continue
+        if not isinstance(state, Rows):
+            return (
+                state
+                if isinstance(state, Unproven)
+                else unproven(operation, "a function of a sum over the examples")
+            )
+        if shape is None or state.layout.dim >= len(shape) - 2 or found not in (None, state.layout):
+            return unproven(operation, "an operation on matrices that hold several examples")
+        facts.settled(state.factor)
+        found = state.layout
+    return None if found is None else Rows(found)
 
 
 def _kept(layout: Layout, dims: Sequence[int], before: Shape, after: Shape) -> Layout:

@@ -7,6 +7,8 @@ not known to keep examples apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from clipping.loss_checks import arithmetic, loss_functions, reductions, selection, structure
 from clipping.loss_checks.state import Facts, Operation, Rule, State, Unproven, unproven
 
@@ -24,10 +26,15 @@ square tan tanh threshold trunc where xlogy special_xlog1py prelu prelu_kernel s
 _WITHIN = """
 all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum kthvalue linalg_vector_norm
 log_softmax logcumsumexp logsumexp max median min mode nanmedian nansum norm prod safe_softmax softmax sort std std_mean
-topk var var_mean
+topk var var_mean fft_r2c fft_c2r fft_c2c linalg_cross renorm
 """.split()
 
 _VIEWED = "view unsafe_view reshape_alias reshape unsqueeze squeeze flatten unflatten view_as".split()
+
+_MATRICES = """
+cholesky cholesky_inverse cholesky_solve diagonal diagonal_copy linalg_cholesky_ex linalg_det linalg_eigh linalg_inv_ex
+linalg_matrix_exp linalg_qr linalg_slogdet linalg_solve_ex linalg_solve_triangular linalg_svd tril triu triangular_solve
+""".split()
 
 _BATCH_FIRST = """
 convolution convolution_overrideable mkldnn_convolution cudnn_convolution max_pool2d_with_indices max_pool3d_with_indices
@@ -62,14 +69,18 @@ def _key(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-_GROUPS: tuple[tuple[Rule, list[str]], ...] = (
+_GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (arithmetic.elementwise, _ELEMENTWISE),
     (reductions.within, _WITHIN),
     (structure.viewed_as, _VIEWED),
+    (reductions.of_matrices, _MATRICES),
     (loss_functions.batch_first, _BATCH_FIRST),
     (_independent, _FRESH),
     (_collected, _COLLECTED),
-    (arithmetic.unchanged, "clone to_copy to alias detach lift_fresh lift contiguous positive conj_physical real".split()),
+    (
+        arithmetic.unchanged,
+        "clone to_copy to alias detach lift_fresh lift contiguous positive conj_physical real".split(),
+    ),
     (arithmetic.negated, ["neg"]),
     (arithmetic.added, "add sub rsub".split()),
     (arithmetic.multiplied, ["mul"]),
@@ -83,6 +94,7 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
     (structure.part_of, "select slice split split_with_sizes unsafe_split unbind narrow".split()),
     (structure.concatenated, ["cat", "stack"]),
     (structure.padded, ["constant_pad_nd"]),
+    (structure.windows, ["unfold"]),
     (structure.moved, ["flip", "roll"]),
     (structure.gathered_by, "gather scatter scatter_add".split()),
     (selection.indexed, ["index", "index_select"]),
@@ -95,7 +107,10 @@ _GROUPS: tuple[tuple[Rule, list[str]], ...] = (
         loss_functions.reduced_elementwise,
         "mse_loss binary_cross_entropy binary_cross_entropy_with_logits smooth_l1_loss huber_loss soft_margin_loss".split(),
     ),
-    (loss_functions.row_losses, ["multi_margin_loss", "multilabel_margin_loss", "multilabel_margin_loss_forward"]),
+    (
+        loss_functions.row_losses,
+        ["multi_margin_loss", "multilabel_margin_loss", "multilabel_margin_loss_forward"],
+    ),
     (
         loss_functions.class_losses,
         "nll_loss nll_loss2d nll_loss2_d nll_loss_forward nll_loss2d_forward".split(),

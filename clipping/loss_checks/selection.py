@@ -59,9 +59,7 @@ def assigned(facts: Facts, operation: Operation) -> State:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not constant or places != [0]:
         return unproven(operation, "an assignment to chosen places", shown=False)
     left = (*mask.shape, *(1 for _ in operation.out[mask.dim() :]))
-    shapes = tuple(
-        left if s is not None and s == tuple(mask.shape) else s for s in operation.shapes
-    )
+    shapes = tuple(left if s is not None and s == tuple(mask.shape) else s for s in operation.shapes)
     return elementwise(facts, operation._replace(shapes=shapes))
 
 
@@ -71,14 +69,18 @@ def _indices(operation: Operation) -> list[object]:
         return list(indices)
     dim = operation.get("dim")
     size = len(operation.shapes[0] or operation.out)
-    return [index if d == int(dim if isinstance(dim, int) else 0) % max(1, size) else None for d in range(size)]
+    return [
+        index if d == int(dim if isinstance(dim, int) else 0) % max(1, size) else None for d in range(size)
+    ]
 
 
 def masked(_: Facts, operation: Operation) -> State:
     """A selection whose number of elements depends on the batch."""
     if all(state is None for state in operation.states):
         return None
-    return unproven(operation, _CHOICE + " or of their positions, whose number depends on the batch", shown=False)
+    return unproven(
+        operation, _CHOICE + " or of their positions, whose number depends on the batch", shown=False
+    )
 
 
 def looked_up(_: Facts, operation: Operation) -> State:
@@ -167,7 +169,9 @@ def matrix_product(facts: Facts, operation: Operation) -> State:
     return _product(operation, left, right, a, b)  # pyright: ignore[reportArgumentType]
 
 
-def _product(operation: Operation, left: Rows | None, right: Rows | None, a: Shape | None, b: Shape | None) -> State:
+def _product(
+    operation: Operation, left: Rows | None, right: Rows | None, a: Shape | None, b: Shape | None
+) -> State:
     kept = _kept(left.layout, a, first=True) if left is not None and a is not None else None
     if right is not None and b is not None:
         other = _kept(right.layout, b, first=False)
@@ -179,7 +183,9 @@ def _product(operation: Operation, left: Rows | None, right: Rows | None, a: Sha
     return Total((factor,)) if kept is None else Rows(kept, factor)
 
 
-def _paired(operation: Operation, left: Rows, right: Rows, kept: Layout | None, other: Layout | None) -> State:
+def _paired(
+    operation: Operation, left: Rows, right: Rows, kept: Layout | None, other: Layout | None
+) -> State:
     same = left.layout._replace(dim=0) == right.layout._replace(dim=0)
     if kept is None and other is None and same:
         return Total((left.factor.times(right.factor),))

@@ -15,8 +15,8 @@ from clipping.loss_checks.arithmetic import aligned, complete, copied, copies, e
 from clipping.loss_checks.layout import Layout, permuted, selected, sliced, viewed
 from clipping.loss_checks.state import (
     Alone,
-    Facts,
     Factor,
+    Facts,
     Operation,
     Rows,
     State,
@@ -196,6 +196,15 @@ def padded(facts: Facts, operation: Operation) -> State:
         return state
     if operation.out[state.layout.dim] != shape[state.layout.dim]:
         return unproven(operation, "rows of the examples beside rows of something else", shown=False)
+    return state
+
+
+def windows(_: Facts, operation: Operation) -> State:
+    """`unfold`: windows of one dimension, their positions in a new last one."""
+    state, shape = operation.states[0], operation.shapes[0]
+    dim = operation.get("dim") if operation.get("dimension") is None else operation.get("dimension")
+    if isinstance(state, Rows) and shape is not None and _number(dim) % len(shape) == state.layout.dim:
+        return unproven(operation, "windows over the examples of the batch")
     return state
 
 

@@ -73,13 +73,11 @@ def _kind(node: Node) -> Kind:
     return found
 
 
-def mark(
-    outputs: Sequence[Tensor], layouts: Sequence[Layout | None], num_examples: int, owner: int
-) -> None:
+def mark(outputs: Sequence[Tensor], layouts: Sequence[Layout | None], num_examples: int, owner: int) -> None:
     """Note on the graph that these are outputs of a model of `owner`, which hold the examples so."""
     for output, layout in zip(outputs, layouts, strict=True):
         if layout is not None and output.grad_fn is not None:
-            metadata = output.grad_fn.metadata
+            metadata: Any = output.grad_fn.metadata
             place = Place(output.output_nr, layout, num_examples, owner, tuple(output.shape))
             metadata[_MARK] = (*metadata.get(_MARK, ()), place)
 

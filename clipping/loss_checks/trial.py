@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operation without a rule, tried: does an example's part of the output change when the others become its copies?
+"""Tries an operation without a rule: an example's part of the output must stay when the others become its copies.
 
 Shapes: B examples.
 """
@@ -33,7 +33,9 @@ class Call(NamedTuple):
         schema = func._schema.arguments
         bound = {a.name: a.default_value for a in schema if a.has_default_value()}
         bound |= dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
-        inputs = tuple(x for a in schema for x in pytree.tree_leaves(bound.get(a.name)) if isinstance(x, Tensor))
+        inputs = tuple(
+            x for a in schema for x in pytree.tree_leaves(bound.get(a.name)) if isinstance(x, Tensor)
+        )
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema)
         return Call(func, args, kwargs, bound, inputs, writes)
 

@@ -41,7 +41,8 @@ def required(facts: Facts, state: State) -> Total:
     if facts.mean and any(power > -1 for power in powers):
         raise ValueError(
             "expected a loss that is the mean over the examples, as loss_reduction says; got a sum, or a division by "
-            'another number than that of the examples; divide by it, or say loss_reduction="sum", or ' + REMEDY
+            'another number than that of the examples; divide by it, or say loss_reduction="sum", or '
+            + REMEDY
         )
     if not facts.mean and any(power < 0 for power in powers):
         raise ValueError(
