@@ -14,7 +14,7 @@ from weakref import ref
 
 import torch
 
-_AUTOGRAD: Any = torch.autograd  # whose way into the engine is private
+_autograd: Any = torch.autograd
 
 
 class Watcher(Protocol):
@@ -39,16 +39,16 @@ class Entrance:
     def enter(self, watcher: Watcher) -> None:
         """Begin to tell `watcher`."""
         if self._original is None:
-            self._original = _AUTOGRAD._engine_run_backward
-            _AUTOGRAD._engine_run_backward = self._run
+            self._original = _autograd._engine_run_backward
+            _autograd._engine_run_backward = self._run
         self._watchers.append(ref(watcher))
 
     def leave(self, watcher: Watcher | None) -> None:
         """Tell `watcher` no more, nor those that are gone."""
         self._watchers = [known for known in self._watchers if known() not in (watcher, None)]
         # Where somebody wrapped the function after us, ours stays below theirs and only hands on.
-        if not self._watchers and _AUTOGRAD._engine_run_backward == self._run:
-            _AUTOGRAD._engine_run_backward, self._original = self._original, None
+        if not self._watchers and _autograd._engine_run_backward == self._run:
+            _autograd._engine_run_backward, self._original = self._original, None
 
     def _run(self, roots: Any, grads: Any, keep: Any, create: Any, *args: Any, **kwargs: Any) -> Any:
         told: list[Watcher] = []

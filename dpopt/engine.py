@@ -429,7 +429,7 @@ class PrivacyEngine:
     @property
     def loss_report(self) -> LossReport:
         """Which checks the losses of this run have passed; it can be printed. Tells nothing of the data."""
-        return self._checks.report
+        return self.training.loss_report
 
     @property
     def _checks(self) -> LossChecks:

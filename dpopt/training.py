@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
 from clipping.costs import DEFAULT
-from clipping.loss_checks import LossChecks
+from clipping.loss_checks import LossChecks, LossReport
 from dpopt import unchanged
 from dpopt.account import Account
 from dpopt.arguments import model_inputs, one_loss, only_estimator
@@ -353,6 +353,11 @@ class PrivateTraining:
         self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
         with self._watch.public_examples():
             yield
+
+    @property
+    def loss_report(self) -> LossReport:
+        """Which checks the losses of this run have passed, where they are checked; it can be printed."""
+        return LossReport(0, 0, 0, 0) if self.sum.checks is None else self.sum.checks.report
 
     def check_losses(self) -> None:
         """Look at every backward before it begins, as the familiar door does: see `clipping.loss_checks`."""

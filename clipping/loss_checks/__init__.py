@@ -32,6 +32,7 @@ What cannot be seen
 - gradients of modules outside the private model, which nothing clips.
 """
 
-from clipping.loss_checks.checks import LossChecks, LossReport
+from clipping.loss_checks.checks import LossChecks
+from clipping.loss_checks.loss_report import LossReport
 
 __all__ = ["LossChecks", "LossReport"]

@@ -224,8 +224,8 @@ def divided(facts: Facts, operation: Operation) -> State:
 def _by_count(facts: Facts, operation: Operation, total: Total) -> State:
     """A sum over a tensor that is made of the examples: a mean where it is the number of the summed elements."""
     value = None if facts.tracing else number_of(facts, operation, "other")
-    if value is not None and total.count is not None and value == total.count:
-        return _mean(facts, total, total.count)
+    if value is not None and value == total.elements:
+        return _mean(facts, total, total.elements)
     return unproven(
         operation, "a division by a number made from the labels, masks or outputs of the whole batch"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from clipping.loss_checks.arithmetic import as_count, scaled
 from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
+from clipping.loss_checks.loss_report import LossReport
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
@@ -32,28 +32,6 @@ from clipping.rules.generic import batch_dim_of
 from clipping.tape import Tape
 
 _KEPT = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class LossReport:
-    """Which checks the losses of a run have passed; tells nothing of the data.
-
-    `num_shown` backwards were shown by their graph to be of a mean (or sum) over examples. Of `num_given` more, whose
-    losses came one for each example, it was only looked whether something brings examples together. In `num_followed`
-    of `num_draws` draws the batch was followed from the loader to the loss.
-    """
-
-    num_shown: int
-    num_given: int
-    num_followed: int
-    num_draws: int
-
-    def __str__(self) -> str:
-        return (
-            f"losses: {self.num_shown} backwards shown by their graph to be of a sum over examples, {self.num_given} of "
-            f"losses given one for each example; {self.num_followed} of {self.num_draws} draws followed from the loader "
-            "to the loss; not seen: numbers made outside torch, padding, other modules' gradients"
-        )
 
 
 class LossChecks:

@@ -43,46 +43,77 @@ def _joined(views: Iterable[State]) -> Unproven | None:
     return Unproven(mixed, shown=True) if len(orders) > 1 else None
 
 
+_EARLIER = Unproven("a tensor that was made from an earlier batch", shown=True)
+
+
 class Seen:
     """What is known of tensors, as long as their memory lives: views of one storage are told apart by their shape."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[ref[torch.UntypedStorage], dict[_Place, State]]] = {}
+        self._batch: set[int] = set()
+        self._earlier: dict[int, ref[torch.UntypedStorage]] = {}
 
     def of(self, value: Tensor) -> State:
         """The state of `value`."""
-        found = self._views(value)
-        if not found:
+        storage = _storage(value)
+        if storage is None:
             return None
-        known = found.get(_place(value))
-        return _joined(found.values()) if known is None else known
+        found = self._views(storage)
+        place = _place(value)
+        if place in found:
+            return found[place]
+        earlier = self._earlier.get(storage._cdata)
+        return _EARLIER if earlier is not None and earlier() is storage else _joined(found.values())
+
+    def hand_out(self, value: Tensor, state: State) -> None:
+        """Note the state of a tensor of the batch, which may be a view of the whole dataset."""
+        storage = _storage(value)
+        if storage is not None:
+            self._views(storage)[_place(value)] = state
+            self._batch.add(storage._cdata)
 
     def put(self, value: Tensor, state: State, *, written: bool = False) -> None:
         """Note the state of `value`; where its memory was `written` to and is mixed now, so are its other views."""
-        found = self._views(value)
-        if found is None:
+        storage = _storage(value)
+        if storage is None:
             return
+        found = self._views(storage)
         found[_place(value)] = state
-        mixed = _joined(found.values()) if written else None
+        if not written:
+            return
+        if value.numel() * value.element_size() == storage.nbytes():
+            self._earlier.pop(storage._cdata, None)
+        mixed = _joined(found.values())
         if mixed is not None:
             found.clear()
             found[_place(value)] = mixed
 
-    def _views(self, value: Tensor) -> dict[_Place, State] | None:
-        if value.layout != torch.strided or value.is_nested:
-            return None
-        try:
-            storage = value.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # inside torch.func
-            return None
+    def _views(self, storage: torch.UntypedStorage) -> dict[_Place, State]:
         known = self._known.get(storage._cdata)
         if known is None or known[0]() is not storage:  # its address was given to another
             known = self._known[storage._cdata] = ref(storage), {}
         return known[1]
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def end(self) -> None:
+        """The batch is over: what was made from it and lives on is of an earlier one from here on."""
+        made = {
+            key: known
+            for key, (known, found) in self._known.items()
+            if key not in self._batch and any(state is not None for state in found.values())
+        }
+        self._earlier = {key: known for key, known in (self._earlier | made).items() if known() is not None}
         self._known.clear()
+        self._batch.clear()
+
+
+def _storage(value: Tensor) -> torch.UntypedStorage | None:
+    if value.layout != torch.strided or value.is_nested:
+        return None
+    try:
+        return value.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # inside torch.func
+        return None
 
 
 class Provenance(TorchDispatchMode):
@@ -127,7 +158,7 @@ class Provenance(TorchDispatchMode):
         self.stop()
         self.facts = Facts(tracing=True, num_examples=num_examples)
         for tensor, state in handed_out(batch, num_examples, batch_dim):
-            self.seen.put(tensor, state)
+            self.seen.hand_out(tensor, state)
         self._on, self._inside = True, 0
         if not self._entered:
             self.__enter__()
@@ -137,7 +168,7 @@ class Provenance(TorchDispatchMode):
         """Follow nothing; a mode that the loop entered since and did not leave keeps this one below it, idle."""
         if self._on:
             self._on = False
-            self.seen.clear()
+            self.seen.end()
             self.read.clear()
         if self._entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
             self.__exit__(None, None, None)

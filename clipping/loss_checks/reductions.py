@@ -82,5 +82,24 @@ def within(facts: Facts, operation: Operation) -> State:
     return Rows(_kept(state.layout, dims, shape, operation.out))
 
 
+def of_matrices(facts: Facts, operation: Operation) -> State:
+    """An operation on matrices in the last two dimensions, the same on each."""
+    found: Layout | None = None
+    for state, shape in zip(operation.states, operation.shapes, strict=True):
+        if state is None:
+            continue
+        if not isinstance(state, Rows):
+            return (
+                state
+                if isinstance(state, Unproven)
+                else unproven(operation, "a function of a sum over the examples")
+            )
+        if shape is None or state.layout.dim >= len(shape) - 2 or found not in (None, state.layout):
+            return unproven(operation, "an operation on matrices that hold several examples")
+        facts.settled(state.factor)
+        found = state.layout
+    return None if found is None else Rows(found)
+
+
 def _kept(layout: Layout, dims: Sequence[int], before: Shape, after: Shape) -> Layout:
     return reduced(layout, dims, keepdim=len(before) == len(after))

@@ -26,10 +26,15 @@ square tan tanh threshold trunc where xlogy special_xlog1py prelu prelu_kernel s
 _WITHIN = """
 all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum kthvalue linalg_vector_norm
 log_softmax logcumsumexp logsumexp max median min mode nanmedian nansum norm prod safe_softmax softmax sort std std_mean
-topk var var_mean
+topk var var_mean fft_r2c fft_c2r fft_c2c linalg_cross renorm
 """.split()
 
 _VIEWED = "view unsafe_view reshape_alias reshape unsqueeze squeeze flatten unflatten view_as".split()
+
+_MATRICES = """
+cholesky cholesky_inverse cholesky_solve diagonal diagonal_copy linalg_cholesky_ex linalg_det linalg_eigh linalg_inv_ex
+linalg_matrix_exp linalg_qr linalg_slogdet linalg_solve_ex linalg_solve_triangular linalg_svd tril triu triangular_solve
+""".split()
 
 _BATCH_FIRST = """
 convolution convolution_overrideable mkldnn_convolution cudnn_convolution max_pool2d_with_indices max_pool3d_with_indices
@@ -68,6 +73,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (arithmetic.elementwise, _ELEMENTWISE),
     (reductions.within, _WITHIN),
     (structure.viewed_as, _VIEWED),
+    (reductions.of_matrices, _MATRICES),
     (loss_functions.batch_first, _BATCH_FIRST),
     (_independent, _FRESH),
     (_collected, _COLLECTED),
@@ -88,6 +94,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (structure.part_of, "select slice split split_with_sizes unsafe_split unbind narrow".split()),
     (structure.concatenated, ["cat", "stack"]),
     (structure.padded, ["constant_pad_nd"]),
+    (structure.windows, ["unfold"]),
     (structure.moved, ["flip", "roll"]),
     (structure.gathered_by, "gather scatter scatter_add".split()),
     (selection.indexed, ["index", "index_select"]),

@@ -58,11 +58,11 @@ class Alone(NamedTuple):
 class Total(NamedTuple):
     """A sum of what all examples give, each by itself, times one of `factors` for each term of the loss.
 
-    `count` is the number of elements that were added up, where it is a plain sum of a tensor.
+    `elements` is how many were added up, where it is a plain sum of a tensor.
     """
 
     factors: tuple[Factor, ...]
-    count: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    elements: int | None = None
 
 
 class Unproven(NamedTuple):

@@ -199,6 +199,15 @@ def padded(facts: Facts, operation: Operation) -> State:
     return state
 
 
+def windows(_: Facts, operation: Operation) -> State:
+    """`unfold`: windows of one dimension, their positions in a new last one."""
+    state, shape = operation.states[0], operation.shapes[0]
+    dim = operation.get("dim") if operation.get("dimension") is None else operation.get("dimension")
+    if isinstance(state, Rows) and shape is not None and _number(dim) % len(shape) == state.layout.dim:
+        return unproven(operation, "windows over the examples of the batch")
+    return state
+
+
 def moved(facts: Facts, operation: Operation) -> State:
     """`flip` and `roll`: along the examples they change places."""
     state, shape = operation.states[0], operation.shapes[0]

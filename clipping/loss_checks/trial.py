@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operation without a rule is tried: an example's part of its output must stay when the others become its copies.
+"""Tries an operation without a rule: an example's part of the output must stay when the others become its copies.
 
 Shapes: B examples.
 """
