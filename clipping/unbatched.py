@@ -146,6 +146,8 @@ class Unbatched(TorchFunctionMode):
     ) -> Any:
         """Run `func`, and note what its results were made of."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
             result = func(*args, **kwargs)
