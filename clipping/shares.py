@@ -10,6 +10,8 @@ Shapes: B examples, R rows that the model is called with.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ ROWS = "rows"
 
 FOLLOWED = "followed"
 """The outputs go through other operations before they meet the examples."""
+
+_DYNAMO = os.path.join("_dynamo", "eval_frame.py")
 
 _SHAPE = frozenset(("shape", "ndim", "size", "dim", "__len__", "numel"))
 
@@ -121,7 +125,9 @@ class Forward:
         return self._stand_ins[id(parameter)]
 
     def serves_all(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether no example entered the outputs of a layer."""
+        """Whether no example entered the outputs of a layer, and they are not what the only example would have."""
+        if self.rows == 1 and all(x.dim() > 0 and x.shape[0] == 1 for x in outputs):
+            return False
         return all(self.values.is_known(x) or self.values.sources(x) for x in outputs)
 
     def call(
@@ -268,6 +274,7 @@ class Shares:
         self._plan: dict[Key, Use] = {}
         self._made: dict[tuple[str, torch.Size], Use] = {}
         self._seen: set[Key] = set()
+        self._blind = False
         self._rows = 0
         self._inside = False
         self._always = False
@@ -288,6 +295,9 @@ class Shares:
         self._made.clear()
         self._rows = rows
         self._inside = True
+        self._blind = in_compiled_code()
+        if self._blind:
+            return
         if self._always or entry not in self._settled:
             forward = Forward(rows, self._home, origin)
             for value in given:
@@ -346,6 +356,8 @@ class Shares:
             use = self._made.get((layer.name, outputs[0].shape))
             if use == FOLLOWED:  # as in the forward that is run again here
                 return [x if x.requires_grad else _leaf(x, layer.name).clone() for x in outputs]
+        elif self._blind:
+            use = _told_by_indices(layer, inputs)
         elif not self._inside:
             refuse_flat_indices(layer, inputs)
         else:
@@ -373,6 +385,25 @@ def _settled(uses: set[Use]) -> Use:
         return ROWS
     (use, *rest) = uses
     return use if not rest and isinstance(use, Spread) else FOLLOWED
+
+
+def in_compiled_code() -> bool:
+    """Whether compiled code runs around this, whose operations no mode sees."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_DYNAMO) and frame.f_code.co_name in ("compile_wrapper", "_fn"):
+            context = frame.f_locals.get("self")
+            if context is not None and type(context).__name__ in ("OptimizeContext", "RunOnlyContext"):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _told_by_indices(layer: Layer, inputs: Inputs) -> Use | None:
+    """Indices (1, ...) of an embedding stand for all examples, where nothing else can be told."""
+    refuse_flat_indices(layer, inputs)
+    stands = isinstance(layer.module, nn.Embedding) and inputs.first.dim() > 1 and inputs.first.shape[0] == 1
+    return Spread(0) if stands and layer.rule is not None else None
 
 
 def refuse_flat_indices(layer: Layer, inputs: Inputs) -> None:

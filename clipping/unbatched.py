@@ -148,7 +148,7 @@ class Unbatched(TorchFunctionMode):
     ) -> Any:
         """Run `func`, and note what its results were made of."""
         kwargs = kwargs or {}
-        if self.aside:
+        if self.aside or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
