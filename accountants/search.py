@@ -46,7 +46,7 @@ def least(
         met = bracket is not None
         if bracket is not None:
             x, known = _narrowed(gap, *bracket, width)
-    return math.exp(x) if met else None
+    return None if not met else low if x <= ends[0] else math.exp(x)
 
 
 def _bracket(gap: Price, first: Found, low: float, high: float) -> tuple[Found | None, Found] | None:

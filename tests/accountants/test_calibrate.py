@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from accountants import Gaussian, PoissonSampled, Repeated, accountant, calibrate
+from accountants import Composed, Gaussian, PoissonSampled, Repeated, accountant, calibrate
 
 NAMES = ["rdp", "prv", "pld"]
 # (epsilon, delta, rate, steps) and the smallest noise multiplier by dp_accounting 0.6.0's PLD accountant
@@ -106,3 +106,56 @@ def test_impossible_budgets_are_refused(call, match):
 def test_free_events_are_refused():
     with pytest.raises(ValueError, match="event must use up the budget; got PoissonSampled"):
         calibrate.num_steps(event=PoissonSampled(0.0, Gaussian(1.0)), epsilon=1.0, delta=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.01, 0.3, 50.0, 1000.0])
+@pytest.mark.parametrize(
+    ("delta", "rate", "steps"),
+    [(1e-5, 1.0, 1), (1e-9, 0.01, 1), (1e-5, 0.01, 1000), (1e-9, 1.0, 500), (1e-7, 1e-6, 10**5)],
+)
+def test_noise_at_the_ends_of_budgets(epsilon, delta, rate, steps):
+    """Never above the budget, and a half per cent less noise is: whatever is asked."""
+    given_ = {"delta": delta, "sampling_rate": rate, "steps": steps}
+    for name in ("pld", "rdp"):
+        sigma = calibrate.noise_multiplier(epsilon=epsilon, accountant=name, **given_)
+        assert calibrate.epsilon(noise_multiplier=sigma, accountant=name, **given_) <= epsilon
+        assert calibrate.epsilon(noise_multiplier=sigma * 0.995, accountant=name, **given_) > epsilon
+
+
+def test_a_budget_that_hardly_any_noise_meets_is_refused():
+    """Within delta 0.5 half of the records may be given away; the search once ended at noise 5e-324."""
+    with pytest.raises(
+        ValueError, match=r"a budget must ask for noise; got epsilon=3 at delta=0.5 .*1 / number of records"
+    ):
+        calibrate.noise_multiplier(epsilon=3.0, delta=0.5, sampling_rate=0.001, steps=10)
+    with pytest.raises(ValueError, match="a budget must ask for noise; got epsilon=1e\\+15"):
+        calibrate.noise_multiplier(epsilon=1e15, delta=1e-5, sampling_rate=0.1, steps=10)
+
+
+def test_as_many_runs_as_numbers_can_count():
+    step = PoissonSampled(1e-6, Gaussian(1000.0))
+    found = calibrate.num_steps(event=step, epsilon=3.0, delta=1e-5)
+    curve = accountant("pld").curve(step)
+    assert found > 10**15
+    assert (curve * found).epsilon(1e-5) <= 3.0 < (curve * (found + 1 + found // 100)).epsilon(1e-5)
+
+
+def test_charges_that_differ_are_counted():
+    """The first hundred steps have less and less noise, the rest that of the last one."""
+
+    def whole(count):
+        levels = [
+            PoissonSampled(0.02, Gaussian(2.0 * 0.5 ** (min(i, 100) / 100))) for i in range(min(count, 101))
+        ]
+        tail = Repeated(levels[-1], max(0, count - len(levels)))
+        return Composed((*levels, tail))
+
+    for name in ("pld", "rdp", "zcdp"):
+        rule = accountant(name)
+        budget = {"epsilon": 4.0, "delta": 1e-5, "accountant": name}
+        spent = Repeated(Gaussian(4.0), 2)
+        found = calibrate.num_charges(whole, **budget, spent=spent)
+        price = [rule.curve(Composed((spent, whole(n)))).epsilon(1e-5) for n in (found, found + 1)]
+        assert price[0] <= 4.0 < price[1]
+        assert calibrate.num_charges(whole, **budget, most=2) == 2
+        assert calibrate.num_charges(whole, **budget, spent=Gaussian(0.1)) == 0

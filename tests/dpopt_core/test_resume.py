@@ -12,7 +12,8 @@ import torch
 from doors import examples, explicit, losses_of, mlp
 
 from accountants import REPLACE, Gaussian, PoissonSampled, Repeated, read
-from dpopt import AutomaticClipper, GroupGaussianMechanism, per_layer
+from dpopt import AutomaticClipper, GroupGaussianMechanism, PrivacyEngine, per_layer
+from dpopt.configuration import accountant_of
 
 
 def step(private, model, data):
@@ -58,6 +59,25 @@ def test_a_changed_configuration_is_refused_unless_declared(name, tmp_path):
         assert private.epsilon(1e-5) > 0
     with explicit(mlp(), **{"noise": 1.0, "ledger": path, **changed}):
         pass  # now it is the last one
+
+
+@pytest.mark.parametrize("declared", ["prv", "rdp", None])
+def test_a_run_that_names_no_accountant_keeps_the_one_declared(declared, tmp_path):
+    path, data = tmp_path / "ledger.jsonl", examples(8)
+    model = mlp()
+    with explicit(model, noise=1.0, ledger=path, accountant_name=declared) as private:
+        step(private, model, data)
+        assert private.accountant.name == (declared or "pld")
+    again = mlp()
+    with explicit(again, noise=1.0, ledger=path, accountant_name=None) as private:
+        step(private, again, data)
+        assert private.accountant.name == (declared or "pld")
+        assert private.epsilon(1e-5) == private.accountant.curve(private.ledger.events()).epsilon(1e-5)
+    assert PrivacyEngine(ledger=path)._accountant == (declared or "pld")
+    assert PrivacyEngine()._accountant == accountant_of(tmp_path / "none") == "pld"
+    with path.open("ab") as file:
+        file.write(b'{"kind":"attempt","payload":[not json\n')
+    assert accountant_of(path) == (declared or "pld")  # opening it refuses the file
 
 
 @pytest.mark.parametrize("changed", [{"unit": "one person"}, {"relation": REPLACE}])
