@@ -41,6 +41,7 @@ _EDGES = 10 * 2.0 ** np.arange(12)
 _DEEPEST = 120.0  # -log of the least delta for which the orders left out could matter
 _LEAST = -640.0  # no moment is taken to be below exp() of it
 _NEAR = 0.03
+_TINY, _POWERS = 0.1, 12  # the first power left out is 1e-17 of the rest
 _RANGE = 1.1
 _PANEL, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
@@ -147,7 +148,7 @@ def _block(directions: Sequence[Sequence[Part]], orders: Array) -> Array | None:
 
 def log_excess(orders: Array, losses: Array, logs: Array) -> Array:
     """Compute log of the sum of exp(logs) h_a(losses) along each row, at orders a all above 1 or all below 0."""
-    far = np.max(np.abs(losses), axis=0) * float(np.max(np.abs(orders))) > 200
+    far = np.max(np.abs(losses), axis=0) * max(1.0, float(np.max(np.abs(orders)))) > 200
     total = np.full((len(losses), len(orders)), _LEAST)
     for chosen, terms in ((~far, _near), (far, _far)):
         if chosen.any():
@@ -158,11 +159,24 @@ def log_excess(orders: Array, losses: Array, logs: Array) -> Array:
 def _near(a: Array, losses: Array, logs: Array) -> Array:
     """Exponents of at most 200: in plain numbers. h_a(l) is (exp(a l) - 1 - a l) - a (exp(l) - 1 - l)."""
     peaks = np.max(logs, axis=1)[:, None]
-    values = _beyond_tangent(a * losses)
-    values -= a * _beyond_tangent(losses)
     weights = np.exp(np.maximum(logs - peaks, -700.0))
-    sums = (np.maximum(values, 0.0) @ weights[:, :, None])[:, :, 0]
+    # both exp(a l) and exp(l) are expanded
+    tiny = np.max(np.abs(losses), axis=(0, 1)) * max(1.0, float(np.max(np.abs(a)))) < _TINY
+    sums = _by_powers(a[:, 0], losses[:, 0, tiny], weights[:, tiny])
+    values = _beyond_tangent(a * losses[:, :, ~tiny])
+    values -= a * _beyond_tangent(losses[:, :, ~tiny])
+    sums += (np.maximum(values, 0.0) @ weights[:, ~tiny, None])[:, :, 0]
     return np.log(np.maximum(sums, 1e-300)) + peaks
+
+
+def _by_powers(a: Array, losses: Array, weights: Array) -> Array:
+    """Sum weights h_a(losses) along rows for tiny losses, h_a(l) = sum over k >= 2 of (a^k - a) l^k / k!."""
+    sums, powers = np.zeros((len(losses), len(a))), weights * losses
+    for k in range(2, _POWERS):
+        powers = powers * losses
+        factor = a * np.expm1((k - 1) * np.log(a)) if a[0] > 0 else a**k - a
+        sums += np.sum(powers, axis=1)[:, None] * factor / math.factorial(k)
+    return np.maximum(sums, 0.0)
 
 
 def _beyond_tangent(x: Array) -> Array:

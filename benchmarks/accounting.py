@@ -34,6 +34,8 @@ _BUDGETS = (
     (0.05, 1e-6, 0.01, 1000),
     (8.0, 1e-5, 0.5, 100),
     (0.005, 1e-6, 0.001, 1000),
+    (1e-6, 1e-5, 0.01, 1000),
+    (1000.0, 1e-5, 0.01, 1000),
 )
 
 
@@ -87,8 +89,14 @@ def earlier(path: Path | None) -> dict[Setting, dict[str, Outcome]]:
 def speed(seconds: float, peers: bool) -> list[tuple[str, str, Outcome]]:
     """Long and many-valued schedules: what is priced, by whom, and how that went."""
     many, fewer = wandering(500, 20), wandering(500, 4)
+    distinct = tuple(Run(1 + i / 1000, 0.01, 1) for i in range(1000))
     jobs: list[tuple[str, str, Callable[[], float]]] = []
-    for text, runs in (("1000 equal steps", (Run(1.0, 0.01, 1000),)), ("500 x 20 steps", many)):
+    schedules = {
+        "1000 equal steps": (Run(1.0, 0.01, 1000),),
+        "500 x 20 steps": many,
+        "1000 distinct": distinct,
+    }
+    for text, runs in schedules.items():
         jobs += [(text, name, lambda p=price, r=runs: p(r, 1e-5)) for name, price in OURS.items()]
     text = "500 x 20 steps"
     jobs.append((text, "lower bound", lambda: lower_epsilon(event(many), 1e-5)))

@@ -62,6 +62,7 @@ def epsilon(
     """
     errors = Console(stderr=True)
     with exit_codes(errors):
+        _check_picture(plot)
         relation = ADD_REMOVE
         if ledger is not None:
             if (noise_multiplier, sampling_rate, steps) != (None, None, None):
@@ -251,6 +252,18 @@ def upwards(value: float) -> str:
     return next(text for up in (0, 1, 2) if float(text := f"{(shown + up) * scale:.3e}") >= value)
 
 
+def _check_picture(path: Path | None) -> None:
+    """Refuse a place for a picture before anything is priced for it."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise ValueError(f"a picture must go to a file; got the folder or named pipe {path}; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"a picture must go into a folder that is there; got {path.parent}; make it, or name another"
+        )
+
+
 def _plot(
     releases: tuple[tuple[Event, int], ...],
     delta: float,
@@ -262,8 +275,6 @@ def _plot(
     """Write epsilon over the number of releases: the tightest accountant and the Renyi bound, or `one`."""
     from dpopt.plots import prices
 
-    if path.is_fifo():
-        raise ValueError(f"a picture must go to a file; got the named pipe {path}; name a file")
     total = sum(count for _, count in releases)
     counts = sorted({max(1, round(total * i / _POINTS)) for i in range(1, _POINTS + 1)}) if total else []
     lines: dict[str, list[tuple[int, float]]] = {}

@@ -6,7 +6,7 @@ import math
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accountants import Gaussian, PoissonSampled
@@ -27,8 +27,11 @@ KINDS = [
 ]
 
 
-@QUICK
-@given(st.lists(st.floats(-30, 30), min_size=1, max_size=6), st.sampled_from([1.001, 1.7, 9.0, 400.0]))
+@settings(QUICK, max_examples=60)
+@given(
+    st.lists(st.floats(-600, 600) | st.floats(-3, 3) | st.floats(-0.1, 0.1), min_size=1, max_size=6),
+    st.sampled_from([1.001, 1.7, 9.0, 400.0]),
+)
 def test_sums_keep_their_digits(losses, order):
     """h_a(l) = exp(a l) - 1 - a (exp(l) - 1), whatever the sizes of a and l, for a > 1 and for 1 - a."""
     for a in (order, 1 - order):
@@ -37,8 +40,8 @@ def test_sums_keep_their_digits(losses, order):
             for x in losses
         )
         found = float(log_excess(np.array([a]), np.array([losses]), np.zeros((1, len(losses))))[0, 0])
-        if exact > EXACT.exp(-600):
-            assert found == pytest.approx(float(EXACT.log(exact)), abs=1e-9)
+        if EXACT.exp(-600) < exact < EXACT.exp(1e5):
+            assert found == pytest.approx(float(EXACT.log(exact)), abs=1e-9, rel=1e-12)
 
 
 @pytest.mark.parametrize(

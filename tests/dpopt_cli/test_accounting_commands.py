@@ -106,6 +106,11 @@ def test_calibrate_solves_for_what_is_missing(missing: str) -> None:
         (["epsilon", "--delta", 1e-5], "must be given, or --ledger; got less; add the others"),
         (["epsilon", *PLAN, "--ledger", "x"], "a ledger or a plan must be given; got both"),
         (["epsilon", *PLAN[:-1], 2], "delta must be a number in"),
+        (
+            ["epsilon", *PLAN, "--plot", "/nowhere/x.png"],
+            "a picture must go into a folder that is there; got /nowhere",
+        ),
+        (["epsilon", *PLAN, "--plot", "/"], "a picture must go to a file; got the folder or named pipe /;"),
         (["epsilon", *PLAN, "--accountant", "gdp"], "accountant must be one of"),
         (["calibrate", "--epsilon", 1, "--delta", 1e-5], "got 0; leave out the one to solve for"),
         (["calibrate", "--epsilon", 1, *PLAN], "got 3; leave out the one to solve for"),
