@@ -79,6 +79,10 @@ BUILT = {
     "BOFT": other(peft.BOFTConfig, boft_block_size=4, target_modules=["q_proj"]),
     "layer norms": other(peft.LNTuningConfig, target_modules=["input_layernorm"]),
     "prefix tuning": other(peft.PrefixTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "prompt tuning": other(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "p-tuning": other(
+        peft.PromptEncoderConfig, task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=6
+    ),
 }  # fmt: skip
 
 ADAPTED = {
@@ -87,10 +91,6 @@ ADAPTED = {
 }
 
 REFUSED = {
-    "prompt tuning": other(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=2),
-    "p-tuning": other(
-        peft.PromptEncoderConfig, task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=6
-    ),
     "LoHa": other(peft.LoHaConfig, r=2, target_modules=["q_proj"]),
     "LoKr": other(peft.LoKrConfig, r=2, target_modules=["q_proj"]),
 }
