@@ -187,28 +187,37 @@ class Attribution:
             alone = _in_one(owners)
             depth = 2 if bool((alone == MIXED).any()) else 1
             owners = owners.flatten() if depth == 2 else alone
-        if bool((owners == MIXED).any()) or (depth == 2 and not _can_be_deep(point)):
+        asked = known is not None and known.is_always_asked
+        mixed = bool((owners == MIXED).any()) or (depth == 2 and not _can_be_deep(point))
+        if mixed or (not asked and depth == 1 and _is_rearranged(owners, num_examples)):
             raise MixesExamples(
-                f"expected each row of {_name(point)!r} to belong to one example; got rows that the losses of several "
-                "reach; look for attention across the batch, statistics of the batch, and losses that compare examples"
+                "expected the output or loss of one example to depend on that example alone; got rows of "
+                f"{_name(point)!r} that reach another example's, or several; look for BatchNorm-like statistics, attention "
+                "across the batch, contrastive or batch-averaged losses, and rows in another order than the examples"
             )
-        self._looked[key] += (
-            ENOUGH if bool((owners >= 0).any()) else 1
-        )  # a layer behind zeros is asked once more
-        if (
-            depth == 1
-            and _are_examples(owners, num_examples)
-            and (known is None or not known.is_always_asked)
-        ):
+        # A layer behind zeros is asked once more.
+        self._looked[key] += ENOUGH if bool((owners >= 0).any()) else 1
+        if depth == 1 and not asked and _are_examples(owners, num_examples):
             return
         orders = [] if place.dynamic else _orders(owners, num_examples)
-        if len(orders) == 1 and known in (None, _Order(orders[0], depth)):
+        kept = known is None or (known.order in orders and known.depth == depth)
+        if len(orders) == 1 and kept:
             order = self._orders[key] = _Order(orders[0], depth)
             self.maps[point] = order.map(place, num_examples)
             return
-        if not orders:
+        if not orders or not kept:
             self._orders[key] = _Order(EACH, depth)
         self.maps[point] = RowMap.of_owners(owners, num_examples, depth)
+
+
+def _is_rearranged(owners: Tensor, num_examples: int) -> bool:
+    """Whether each row is another example's, in another order than the examples'.
+
+    The losses are then in an order that the rows are not in: a loss may be that of another example.
+    """
+    owned = owners[owners >= 0]
+    once = len(owned.unique()) == len(owned)
+    return len(owners) == num_examples and once and not _are_examples(owners, num_examples)
 
 
 def _are_examples(owners: Tensor, num_examples: int) -> bool:

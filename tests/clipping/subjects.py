@@ -280,6 +280,22 @@ class Positions(nn.Module):
         return torch.tanh(self.mix(self.embed(x) + self.position(at))) * self.mix(self.position(at))
 
 
+class ForAll(nn.Module):
+    """Positions (T,), a bias (T, T) for all examples, and a child's weight that is used without calling the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position, self.bias = nn.Embedding(V, D), nn.Embedding(T, D), nn.Embedding(2 * T, 1)
+        self.mix, self.scale = nn.Linear(D, D), nn.Linear(1, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        h = self.embed(x) + self.position(at)
+        bias = self.bias(at[:, None] - at + T).permute(2, 0, 1)
+        mixed = torch.softmax(h @ h.mT + bias, -1) @ self.mix(h)
+        return mixed * self.scale.weight[:, 0] + self.mix(self.position.weight[: len(at)])
+
+
 class ByKeyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -727,6 +743,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "partly used and frozen": Subject(PartlyUsed, real(D)),
     "checkpointed": Subject(Checkpointed, ids),
+    "values for all examples": Subject(ForAll, ids),
     "several forward calls": Subject(Siamese, lambda n: (*real(D)(n), *real(D)(n)), call=both_towers),
     "DPLSTM": Subject(
         lambda: dp_lstm(batch_first=True), real(T, D), lambda out: squares(out[0]), call=lambda m, x: m(x)

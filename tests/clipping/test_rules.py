@@ -365,13 +365,13 @@ class Selecting(nn.Module):
         return out
 
 
-def test_experts_that_get_a_selection_of_rows_are_refused():
+def test_experts_that_get_a_selection_of_rows_are_refused_where_no_losses_tell_whose_they_are():
     model, x = Selecting(), torch.randn(6, T, D)
     model.head = nn.Linear(D, D)
     with recorded(model) as recorder:
         with pytest.raises(
             ValueError,
-            match=r"\(6 examples\); got \d+ rows at 'experts.\d' .*or send a selection of rows to a layer",
+            match=r"one row for each example at 'experts.\d', .*; got another number of rows; give the losses",
         ):
             squares(model.head(model(x))).sum().backward()
     assert untouched(model) and recorder.sizes == []
