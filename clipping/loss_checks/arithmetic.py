@@ -225,15 +225,11 @@ def _by_count(facts: Facts, operation: Operation, total: Total) -> State:
     """A sum over a tensor that is made of the examples: a mean where it is the number of the summed elements."""
     value = None if facts.tracing else number_of(facts, operation, "other")
     if value is not None and value == total.elements:
-        return _mean(facts, total, total.elements)
+        step = Factor(facts.num_examples / value, -1)
+        return Total(tuple(factor.times(step) for factor in total.factors))
     return unproven(
         operation, "a division by a number made from the labels, masks or outputs of the whole batch"
     )
-
-
-def _mean(facts: Facts, total: Total, count: float) -> Total:
-    step = Factor(facts.num_examples / count, -1)
-    return Total(tuple(factor.times(step) for factor in total.factors))
 
 
 def _weighted(facts: Facts, operation: Operation, state: State, name: str, *, divide: bool) -> State:
