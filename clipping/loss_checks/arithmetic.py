@@ -191,8 +191,8 @@ def number_of(facts: Facts, operation: Operation, name: str) -> float | None:
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         return None
     if away(value):
-        facts.again.append((facts.position, attribute_of(name), float(value)))
-    return float(value)
+        facts.again.append((facts.position, attribute_of(name), value.item()))
+    return float(value.item())
 
 
 def multiplied(facts: Facts, operation: Operation) -> State:
