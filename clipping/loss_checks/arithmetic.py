@@ -191,8 +191,8 @@ def number_of(facts: Facts, operation: Operation, name: str) -> float | None:
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         return None
     if away(value):
-        facts.again.append((facts.position, attribute_of(name), float(value)))
-    return float(value)
+        facts.again.append((facts.position, attribute_of(name), value.item()))
+    return float(value.item())
 
 
 def multiplied(facts: Facts, operation: Operation) -> State:
@@ -225,15 +225,11 @@ def _by_count(facts: Facts, operation: Operation, total: Total) -> State:
     """A sum over a tensor that is made of the examples: a mean where it is the number of the summed elements."""
     value = None if facts.tracing else number_of(facts, operation, "other")
     if value is not None and value == total.elements:
-        return _mean(facts, total, total.elements)
+        step = Factor(facts.num_examples / value, -1)
+        return Total(tuple(factor.times(step) for factor in total.factors))
     return unproven(
         operation, "a division by a number made from the labels, masks or outputs of the whole batch"
     )
-
-
-def _mean(facts: Facts, total: Total, count: float) -> Total:
-    step = Factor(facts.num_examples / count, -1)
-    return Total(tuple(factor.times(step) for factor in total.factors))
 
 
 def _weighted(facts: Facts, operation: Operation, state: State, name: str, *, divide: bool) -> State:

@@ -38,8 +38,7 @@ class LossChecks:
     """Looks at every backward of a run before it begins; see the package for what is checked and what cannot be.
 
     `mean` says that losses are means, `whole` that every batch is the whole dataset. `ready` tells whether a backward now
-    would count: a step is open, and nothing
-    probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
+    would count: a step is open, and nothing probes. Attaching registers hooks on the model and wraps torch's way into its engine; `detach` takes both away.
     """
 
     def __init__(self, tape: Tape, *, mean: bool, whole: bool = False, ready: Callable[[], bool]) -> None:
@@ -58,6 +57,7 @@ class LossChecks:
         self._following = False
         self._due = 1
         self._num_draws = self._num_followed = 0
+        self._number = 0
         self._num_backwards = {True: 0, False: 0}
 
     # -- the run ------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class LossChecks:
     def hand_out(self, batch: object, num_examples: int, *, first: bool) -> None:
         """A part of a drawn batch goes to the loop: follow it where that is due."""
         self._stop_following()
-        self._order = None
+        self._order, self._number = None, 0
         if first:
             self._num_draws += 1
             self._following = False
@@ -119,6 +119,7 @@ class LossChecks:
     def discard(self) -> None:
         """What was collected is dropped, and with it what was put off."""
         self._flags.clear()
+        self._number = 0
 
     @contextmanager
     def given(self, losses: Tensor | None = None) -> Iterator[None]:
@@ -210,6 +211,7 @@ class LossChecks:
         if again is None or not all([self._holds(found, *what) for what in again]):
             return self._prove(found, number, grad, key)
         self._num_backwards[self._given] += 1
+        self._number += 1
         return True
 
     def _holds(self, found: Trail, position: int, attribute: str, expected: float) -> bool:
@@ -232,15 +234,16 @@ class LossChecks:
         if facts.repeatable and not following and not isinstance(key[1], Tensor):
             if len(self._passed) >= _KEPT:
                 self._passed.clear()
-            steps = trail(
+            whole = trail(
                 found.nodes[-1], self._tape.batch_dim, self._order
-            ).steps  # with all that was asked for by now
-            self._passed[(steps, *key[1:])] = tuple(facts.again)
+            )  # with all that was asked for by now
+            self._passed[(whole.steps, *key[1:])] = tuple(facts.again)
         return True
 
     def _judge(self, facts: Facts, state: State) -> None:
         self._num_backwards[self._given] += 1
-        if facts.num_examples == 1 and isinstance(state, Rows | Unproven):
+        self._number += 1
+        if facts.num_examples == 1 and (facts.unclear or isinstance(state, Rows | Unproven)):
             return  # nothing to keep apart
         if self._given and isinstance(state, Unproven) and not state.shown:
             return
@@ -248,8 +251,8 @@ class LossChecks:
         if facts.sized and self._whole and not self._given:
             what = "a mean that is divided by the number of examples once more"
             refuse_mixing(Unproven(what, shown=False))
-        if not self._given and not facts.unclear:
-            self._constants.require(facts, total)
+        if not self._given:
+            self._constants.require(self._number, facts, total)
         self._flags += facts.flags
 
 

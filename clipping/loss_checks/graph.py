@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipping.loss_checks.layout import Shape
 from clipping.loss_checks.state import Facts, Operation, Rows, State, Total, Unproven, attribute_of, ruled
-from clipping.loss_checks.trail import Inner, Node, Place, Trail, saved
+from clipping.loss_checks.trail import Inner, Kind, Node, Place, Trail, saved
 
 Lookup = Callable[[Tensor, int], State]
 """What was seen of how a constant tensor was made, for a batch of so many examples."""
@@ -55,7 +55,7 @@ def _evaluated(
     facts.names.add(kind.name)
     if kind.rule is None:
         why = next((state for state in inputs if isinstance(state, Unproven)), None)
-        return [why or Unproven(f"an operation that is not known ({kind.name})", shown=False)] * num_outputs
+        return [why or _unknown(kind)] * num_outputs
     sizes = [None if edge is None else _size(trail, edge) for edge in step.edges]
     if lookup is not None:
         why = _traced(node, inputs, sizes, lookup, facts.num_examples)
@@ -66,10 +66,16 @@ def _evaluated(
         kind.asked[attribute_of(name)] = None
         return saved(node, name)
 
+    operation = Operation(kind.name, tuple(inputs), tuple(sizes), (), 0, get)
     return [
-        ruled(kind.rule, facts, Operation(kind.name, tuple(inputs), tuple(sizes), out, which, get))
+        # What depends on the examples at its input does so at its output.
+        ruled(kind.rule, facts, operation._replace(out=out, which=which)) or _unknown(kind)
         for which, out in enumerate(step.shapes)
     ]
+
+
+def _unknown(kind: Kind) -> Unproven:
+    return Unproven(f"an operation that is not known ({kind.name})", shown=False)
 
 
 def _size(trail: Trail, edge: tuple[int, int]) -> Shape | None:

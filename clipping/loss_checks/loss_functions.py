@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipping.loss_checks.arithmetic import elementwise
 from clipping.loss_checks.layout import Layout, Shape
-from clipping.loss_checks.reductions import total
+from clipping.loss_checks.reductions import total, within
 from clipping.loss_checks.state import (
     Alone,
     Factor,
@@ -21,7 +21,6 @@ from clipping.loss_checks.state import (
     Operation,
     Rows,
     State,
-    Total,
     Unproven,
     attribute_of,
     unproven,
@@ -76,32 +75,26 @@ def class_losses(facts: Facts, operation: Operation) -> State:
     """`nll_loss` and `nll_loss2d`: a mean divides by the sum of the weights of the targets that are not ignored."""
     state, shape = operation.states[0], operation.shapes[0]
     if not isinstance(state, Rows | Alone) or shape is None:
-        return (
-            state
-            if not isinstance(state, Total)
-            else unproven(operation, "a function of a sum over the examples")
-        )
+        return state if isinstance(state, Unproven | None) else unproven(operation, OF_SUM)
     for known in operation.states[1:]:
-        if isinstance(known, Unproven | Total):
-            return (
-                known
-                if isinstance(known, Unproven)
-                else unproven(operation, "labels made from the whole batch")
-            )
-        if isinstance(known, Rows) and isinstance(state, Rows) and known.layout != state.layout:
+        if isinstance(known, Unproven):
+            return known
+        if known is not None and _place(known) != _place(state):
             return unproven(operation, "the labels of other examples than the outputs")
-    facts.settled(state.factor if isinstance(state, Rows) else next(iter(state.factors.values())))
     if isinstance(state, Alone):
-        return (
-            Alone(dict.fromkeys(state.factors, Factor()))
-            if state.single
-            else unproven(operation, "several examples")
-        )
+        return within(facts, operation)
+    facts.settled(state.factor)
     if state.layout.dim != 0:
         return unproven(operation, "classes in the dimension of the examples")
     if operation.get("reduction") != MEAN:
         return _reduced(facts, operation, Rows(state.layout), prod(shape) // shape[1])
     return _class_mean(facts, operation, state.layout, prod(shape) // max(1, shape[1]))
+
+
+def _place(state: State) -> object:
+    return (
+        state.layout if isinstance(state, Rows) else set(state.factors) if isinstance(state, Alone) else state
+    )
 
 
 def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -> State:
@@ -123,6 +116,7 @@ def _class_mean(facts: Facts, operation: Operation, layout: Layout, size: int) -
     return unproven(operation, OF_COUNTED, remedy=IGNORED)
 
 
+OF_SUM = "a function of a sum over the examples of the batch"
 OF_COUNTED = "a mean that is divided by the number of the labels that are not ignored in the whole batch"
 _EXACT = 1 << 24
 """Single precision counts so far."""
@@ -144,8 +138,15 @@ def connectionist(facts: Facts, operation: Operation) -> State:
     return Rows(Layout(0))
 
 
+def layer(facts: Facts, operation: Operation) -> State:
+    """A layer with the batch in dimension 0 of its input, and constants for weights."""
+    if any(state is not None for state in operation.states[1:]):
+        return unproven(operation, "a layer whose weights are made from the batch", shown=False)
+    return batch_first(facts, operation)
+
+
 def batch_first(facts: Facts, operation: Operation) -> State:
-    """A layer with the batch in dimension 0, with constants for weights."""
+    """An operation with the batch in dimension 0 of all its inputs."""
     for state in operation.states:
         if isinstance(state, Unproven):
             return state
@@ -168,6 +169,8 @@ def layer_normalised(facts: Facts, operation: Operation) -> State:
     normalised = operation.get("normalized_shape")
     if not isinstance(state, Rows) or shape is None or not isinstance(normalised, list | tuple):
         return state
+    if any(other is not None for other in operation.states[1:]):
+        return unproven(operation, "a layer whose weights are made from the batch", shown=False)
     if state.layout.dim >= len(shape) - len(normalised):
         return unproven(operation, "an operation over the examples of the batch, neither a sum nor a mean")
     facts.settled(state.factor)

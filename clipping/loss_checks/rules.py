@@ -26,13 +26,13 @@ square tan tanh threshold trunc where xlogy special_xlog1py prelu prelu_kernel s
 _WITHIN = """
 all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum kthvalue linalg_vector_norm
 log_softmax logcumsumexp logsumexp max median min mode nanmedian nansum norm prod safe_softmax softmax sort std std_mean
-topk var var_mean fft_r2c fft_c2r fft_c2c linalg_cross renorm
+topk var var_mean fft_r2c fft_c2r fft_c2c
 """.split()
 
 _VIEWED = "view unsafe_view reshape_alias reshape unsqueeze squeeze flatten unflatten view_as".split()
 
 _MATRICES = """
-cholesky cholesky_inverse cholesky_solve diagonal diagonal_copy linalg_cholesky_ex linalg_det linalg_eigh linalg_inv_ex
+cholesky cholesky_inverse cholesky_solve linalg_cholesky_ex linalg_det linalg_eigh linalg_inv_ex
 linalg_matrix_exp linalg_qr linalg_slogdet linalg_solve_ex linalg_solve_triangular linalg_svd tril triu triangular_solve
 """.split()
 
@@ -41,9 +41,12 @@ convolution convolution_overrideable mkldnn_convolution cudnn_convolution max_po
 avg_pool2d avg_pool3d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d native_group_norm
 native_batch_norm native_batch_norm_legit native_batch_norm_legit_no_training cudnn_batch_norm
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
-upsample_trilinear3d upsample_bilinear2d_aa upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d pixel_shuffle
+upsample_trilinear3d upsample_bilinear2d_aa upsample_bicubic2d_aa pixel_shuffle
 pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d col2im im2col
-scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu scaled_dot_product_efficient_attention
+""".split()
+
+_PAIRED = """
+grid_sampler_2d grid_sampler_3d scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu scaled_dot_product_efficient_attention
 scaled_dot_product_cudnn_attention scaled_dot_product_fused_attention_overrideable
 """.split()
 
@@ -74,7 +77,8 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (reductions.within, _WITHIN),
     (structure.viewed_as, _VIEWED),
     (reductions.of_matrices, _MATRICES),
-    (loss_functions.batch_first, _BATCH_FIRST),
+    (loss_functions.layer, _BATCH_FIRST),
+    (loss_functions.batch_first, _PAIRED),
     (_independent, _FRESH),
     (_collected, _COLLECTED),
     (
@@ -96,7 +100,9 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (structure.padded, ["constant_pad_nd"]),
     (structure.windows, ["unfold"]),
     (structure.moved, ["flip", "roll"]),
-    (structure.gathered_by, "gather scatter scatter_add".split()),
+    (structure.gathered, ["gather"]),
+    (structure.scattered, ["scatter", "scatter_add"]),
+    (structure.diagonal, ["diagonal", "diagonal_copy"]),
     (selection.indexed, ["index", "index_select"]),
     (selection.masked, ["masked_select"]),
     (selection.assigned, ["index_put"]),

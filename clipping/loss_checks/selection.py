@@ -90,8 +90,8 @@ def looked_up(_: Facts, operation: Operation) -> State:
 
 def _looked_up(operation: Operation, at: int) -> State:
     """Rows of a constant table, chosen by indices of the examples."""
-    if isinstance(operation.states[0], Unproven):
-        return operation.states[0]
+    if operation.states[0] is not None:
+        return unproven(operation, _CHOICE)
     known = [state for state in operation.states[1:] if state is not None]
     if not known:
         return None

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from clipping.loss_checks.arithmetic import aligned, complete, copied, copies, elementwise
+from clipping.loss_checks.arithmetic import complete, copied, copies, elementwise
 from clipping.loss_checks.layout import Layout, permuted, selected, sliced, viewed
 from clipping.loss_checks.state import (
     Alone,
@@ -226,18 +225,31 @@ def moved(facts: Facts, operation: Operation) -> State:
     return _rows(operation, layout, state.factor)
 
 
-def gathered_by(facts: Facts, operation: Operation) -> State:
-    """`gather`, `scatter` along `dim`: elementwise in the other dimensions."""
+def gathered(facts: Facts, operation: Operation) -> State:
+    """`gather` along `dim`: elementwise in the other dimensions, or a table looked up for each example."""
+    if operation.states[0] is None:
+        return operation.states[1] if len(operation.states) > 1 else None
+    return scattered(facts, operation)
+
+
+def scattered(facts: Facts, operation: Operation) -> State:
+    """`scatter` along `dim`: elementwise in the other dimensions."""
     given = operation.get("dim")
     dim = _number(0 if given is None else given) % max(1, len(operation.out))
-    index = operation.get("index")
-    states, shapes = list(operation.states), list(operation.shapes)
-    if operation.states[0] is None and isinstance(index, Tensor) and len(states) > 1:
-        return states[1]  # a table looked up for each example
-    place = aligned(operation._replace(shapes=tuple(operation.out if s is None else s for s in shapes)))
-    if isinstance(place, Layout) and place.dim == dim:
+    found = elementwise(facts, operation)
+    if isinstance(found, Rows) and found.layout.dim == dim:
         return unproven(operation, "values of other examples, chosen by an index")
-    for state in states:
-        if isinstance(state, Rows):
-            facts.settled(state.factor)
-    return Rows(place) if isinstance(place, Layout) else (place if isinstance(place, Unproven) else None)
+    return found
+
+
+def diagonal(_: Facts, operation: Operation) -> State:
+    """`diagonal` of two dimensions, which go to the end as one."""
+    state, shape = operation.states[0], operation.shapes[0]
+    if not isinstance(state, Rows) or shape is None:
+        return state
+    first, second = operation.get("dim1"), operation.get("dim2")
+    dims = [_number(0 if first is None else first), _number(1 if second is None else second)]
+    dims = [d % len(shape) for d in dims]
+    if state.layout.dim in dims:
+        return unproven(operation, "a diagonal over the examples of the batch")
+    return Rows(state.layout.at(state.layout.dim - sum(d < state.layout.dim for d in dims)), state.factor)

@@ -56,12 +56,15 @@ class Constants:
     """The numbers in each loss of a run, by the operations that it is made of: they must never change."""
 
     def __init__(self) -> None:
-        self._numbers: dict[frozenset[str], list[float]] = {}
-        self._tensors: dict[frozenset[str], list[Tensor]] = {}
+        self._numbers: dict[object, list[float]] = {}
+        self._tensors: dict[object, list[Tensor]] = {}
 
-    def require(self, facts: Facts, total: Total) -> None:
-        """Raise MixesExamples where a number is another than in an earlier batch; what is on a device is put off."""
-        key = frozenset(facts.names)
+    def require(self, number: int, facts: Facts, total: Total) -> None:
+        """Raise MixesExamples where a number is another than in an earlier batch; what is on a device is put off.
+
+        The backward is number `number` of its batch: several may be made of the same operations.
+        """
+        key = number, frozenset(facts.names)
         shift = 1 if facts.mean else 0
         values = [f._replace(power=f.power + shift).value(facts.num_examples) for f in total.factors]
         found = _distinct(values + facts.constants)
