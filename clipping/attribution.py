@@ -7,7 +7,7 @@ that both halves of one cut reach belongs to nobody alone, and is refused. What 
 was picked or permuted by the data.
 
 Where it is one of two plain orders (blocks, cycles) and nothing between the layer and the losses depends on more than
-shapes, later batches are taken to have the same order, until `doubt` asks again.
+shapes, later batches of the same operations are taken to have the same order, until `doubt` asks again.
 
 Shapes: N rows, B examples.
 """
@@ -74,7 +74,7 @@ class Attribution:
         self.asking = False
         self._rows: WeakKeyDictionary[Point, int] = WeakKeyDictionary()
         self._orders: dict[Key, _Order] = {}
-        self._proven: set[Key] = set()
+        self._proven: set[tuple[Key, int]] = set()
 
     def doubt(self) -> None:
         """Ask again at the next backward."""
@@ -108,7 +108,7 @@ class Attribution:
             elif (
                 order is None
                 or place.dynamic
-                or key not in self._proven
+                or (key, place.path) not in self._proven
                 or not order.fits(rows, num_examples)
             ):
                 asked[point] = place
@@ -216,7 +216,7 @@ class Attribution:
         orders = [] if place.dynamic else _orders(owners, num_examples)
         if len(orders) == 1 and known in (None, _Order(orders[0], depth)):
             order = self._orders[key] = _Order(orders[0], depth)
-            self._proven.add(key)
+            self._proven.add((key, place.path))
             self.maps[point] = order.map(place, num_examples)
             return
         if not orders:

@@ -43,6 +43,13 @@ def _joined(views: Iterable[State]) -> Unproven | None:
     return Unproven(mixed, shown=True) if len(orders) > 1 else None
 
 
+_LEFT_OVER = Unproven("numbers made from the examples of an earlier batch, or of another part", shown=True)
+
+
+def _tells(state: State) -> bool:
+    return state is not None and (not isinstance(state, Unproven) or state.shown)
+
+
 class Seen:
     """What is known of tensors, as long as their memory lives: views of one storage are told apart by their shape."""
 
@@ -80,9 +87,22 @@ class Seen:
             known = self._known[storage._cdata] = ref(storage), {}
         return known[1]
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known.clear()
+    def forget(self, batch: Iterable[Tensor]) -> None:
+        """Forget the memory of `batch`; what else of it is left over is of no example that is to come."""
+        for value in batch:
+            self._known.pop(self._address(value), None)
+        kept = {}
+        for address, (storage, views) in self._known.items():
+            if storage() is not None and any(_tells(state) for state in views.values()):
+                kept[address] = storage, {place: _LEFT_OVER for place, s in views.items() if _tells(s)}
+        self._known = kept
+
+    @staticmethod
+    def _address(value: Tensor) -> int | None:
+        try:
+            return value.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return None
 
 
 class Provenance(TorchDispatchMode):
@@ -108,6 +128,7 @@ class Provenance(TorchDispatchMode):
         self.facts = Facts(tracing=True)
         self.read: set[float] = set()
         """Numbers that the loop read from the batch."""
+        self._batch: list[Tensor] = []
         self._inside = 0
         self._on = self._entered = False
 
@@ -127,6 +148,7 @@ class Provenance(TorchDispatchMode):
         self.stop()
         self.facts = Facts(tracing=True, num_examples=num_examples)
         for tensor, state in handed_out(batch, num_examples, batch_dim):
+            self._batch.append(tensor)
             self.seen.put(tensor, state)
         self._on, self._inside = True, 0
         if not self._entered:
@@ -137,7 +159,8 @@ class Provenance(TorchDispatchMode):
         """Follow nothing; a mode that the loop entered since and did not leave keeps this one below it, idle."""
         if self._on:
             self._on = False
-            self.seen.clear()
+            self.seen.forget(self._batch)
+            self._batch = []
             self.read.clear()
         if self._entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
             self.__exit__(None, None, None)

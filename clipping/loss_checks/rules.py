@@ -44,7 +44,7 @@ scaled_dot_product_cudnn_attention scaled_dot_product_fused_attention_overrideab
 
 _FRESH = """
 zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-new_empty_strided fill zero normal uniform exponential random
+new_empty_strided zero normal uniform exponential random
 """.split()
 
 
@@ -79,7 +79,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (arithmetic.added, "add sub rsub".split()),
     (arithmetic.multiplied, ["mul"]),
     (arithmetic.divided, ["div"]),
-    (arithmetic.replaced, ["copy", "copys"]),
+    (arithmetic.replaced, ["copy", "copys", "fill"]),
     (reductions.summed, ["sum"]),
     (reductions.averaged, ["mean"]),
     (structure.permuted_by, "permute transpose t numpy_t swapaxes".split()),
@@ -89,7 +89,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (structure.concatenated, ["cat", "stack"]),
     (structure.padded, ["constant_pad_nd"]),
     (structure.moved, ["flip", "roll"]),
-    (structure.gathered_by, "gather scatter scatter_add".split()),
+    (structure.gathered_by, "gather scatter scatter_add index_add".split()),
     (selection.indexed, ["index", "index_select"]),
     (selection.masked, ["masked_select"]),
     (selection.assigned, ["index_put"]),

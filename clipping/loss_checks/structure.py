@@ -223,7 +223,8 @@ def gathered_by(facts: Facts, operation: Operation) -> State:
     dim = _number(0 if given is None else given) % max(1, len(operation.out))
     index = operation.get("index")
     states, shapes = list(operation.states), list(operation.shapes)
-    if operation.states[0] is None and isinstance(index, Tensor) and len(states) > 1:
+    looked_up = operation.name == "gather" and operation.states[0] is None
+    if looked_up and isinstance(index, Tensor) and len(states) > 1:
         return states[1]  # a table looked up for each example
     place = aligned(operation._replace(shapes=tuple(operation.out if s is None else s for s in shapes)))
     if isinstance(place, Layout) and place.dim == dim:
