@@ -7,7 +7,7 @@ that both halves of one cut reach belongs to nobody alone, and is refused. What 
 was picked or permuted by the data.
 
 Where it is one of two plain orders (blocks, cycles) and nothing between the layer and the losses depends on more than
-shapes, later batches are taken to have the same order, until `doubt` asks again.
+shapes, later batches of the same operations are taken to have the same order, until `doubt` asks again.
 
 Shapes: N rows, B examples.
 """
@@ -79,6 +79,7 @@ class Attribution:
         self._anchor = anchor
         self._rows: WeakKeyDictionary[Point, int] = WeakKeyDictionary()
         self._orders: dict[Key, _Order] = {}
+        self._proven: set[tuple[Key, int]] = set()
         self._looked: Counter[Key] = Counter()
         self._question: Question | None = None
 
@@ -90,6 +91,7 @@ class Attribution:
     def doubt(self) -> None:
         """Ask again at the next backward."""
         self._looked.clear()
+        self._proven.clear()
 
     def note(self, point: Point, num_rows: int) -> None:
         """A point of so many rows was made."""
@@ -129,7 +131,7 @@ class Attribution:
             if num_examples == 1:
                 if rows != 1:
                     self.maps[point] = RowMap(1, rows, BLOCKS)
-            elif whole or (odd and (order is None or place.dynamic or not order.fits(rows, num_examples))):
+            elif whole or (odd and not self._is_proven(point, place, num_examples)):
                 asked[point] = place
             elif odd and order is not None:
                 self.maps[point] = order.map(place, num_examples)
@@ -149,6 +151,11 @@ class Attribution:
 
     def _is_new(self, point: Point) -> bool:
         return self._looked[_key(point)] < ENOUGH
+
+    def _is_proven(self, point: Point, place: Found, num_examples: int) -> bool:
+        order = self._orders.get(_key(point))
+        known = order is not None and order.fits(self._rows[point], num_examples)
+        return known and not place.dynamic and (_key(point), place.path) in self._proven
 
     def _is_odd(self, point: Point, num_rows: int, num_examples: int) -> bool:
         order = self._orders.get(_key(point))
@@ -203,6 +210,7 @@ class Attribution:
         kept = known is None or (known.order in orders and known.depth == depth)
         if len(orders) == 1 and kept:
             order = self._orders[key] = _Order(orders[0], depth)
+            self._proven.add((key, place.path))
             self.maps[point] = order.map(place, num_examples)
             return
         if not orders or not kept:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from clipping.own_code import Arrivals
@@ -38,6 +39,9 @@ _SHAPED = frozenset(
 _CHOOSING = frozenset("gather max min topk sort indexselect cummax kthvalue median mode".split())
 """Operations in which data choose, along one dimension."""
 
+_MOVING = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_shifts")
+"""What nodes say of how they move elements, whatever the sizes."""
+
 _WRAPPED = 1 << 64
 """What nodes add to dimensions below 0."""
 
@@ -45,13 +49,14 @@ _WRAPPED = 1 << 64
 class Found(NamedTuple):
     """A point in the graph of the losses: its node, the dimensions of its outputs with the rows, and their shapes.
 
-    `dynamic` says that data decide what lies between.
+    `dynamic` says that data decide what lies between, `path` tells the operations there from others.
     """
 
     node: Any
     dims: tuple[int, ...]
     shapes: tuple[Sequence[int], ...]
     dynamic: bool
+    path: int
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
@@ -63,6 +68,8 @@ class Found(NamedTuple):
 
 def _is_dynamic(node: Any) -> bool:
     """Whether data may decide which rows of its arguments the rows of a result are made of."""
+    if isinstance(node, BackwardCFunction) and not _is_ours(node):
+        return True  # a function of the model's own may have any name
     name = node.name().rstrip("0123456789").removesuffix("Backward").lower().rpartition("::")[2]
     if name in _CHOOSING:
         dim = getattr(node, "_saved_dim", 0)
@@ -76,6 +83,20 @@ def _is_dynamic(node: Any) -> bool:
         edges = node.next_functions
         return edges[-1][0] is not None and not edges[-1][0].name().endswith("AccumulateGrad")
     return name not in _SHAPED
+
+
+def _is_ours(node: Any) -> bool:
+    return type(node)._forward_cls.__module__.partition(".")[0] == "clipping"
+
+
+def _operation(node: Any) -> tuple[object, ...]:
+    """The name of an operation, and along which dimensions and how far it moves elements."""
+    moves = (node.name(), *(str(getattr(node, name, None)) for name in _MOVING))
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    if not sizes or getattr(node, "_saved_dim", None) != 0:
+        return moves
+    parts = (getattr(node, f"_saved_{name}", 0) for name in ("start", "end", "index"))
+    return (*moves, *(min(part, sizes[0]) / max(1, sizes[0]) for part in parts if isinstance(part, int)))
 
 
 def _counts(index: Tensor) -> bool:
@@ -95,18 +116,21 @@ def walk(gates: Sequence[Any]) -> dict[Point, Found]:
     """The points of the graph below `gates`, in the order of a backward."""
     found: dict[Point, Found] = {}
     flags: dict[Any, bool] = {}
+    paths: dict[Any, int] = {}
     heap: list[tuple[int, int, Any]] = []  # by age: what was made later lies above
     number = count()
 
-    def reach(node: Any, dynamic: bool) -> None:
+    def reach(node: Any, dynamic: bool, path: int) -> None:
         if node is None:
             return
+        paths[node] = paths.get(node, 0) + path  # in any order of those above
         if node not in flags or (dynamic and not flags[node]):
             heapq.heappush(heap, (-node._sequence_nr(), next(number), node))
         flags[node] = flags.get(node, False) or dynamic
 
-    for gate in gates:
-        reach(gate.grad_fn if isinstance(gate, Tensor) else gate.node, False)
+    for place, gate in enumerate(gates):
+        node = gate.grad_fn if isinstance(gate, Tensor) else gate.node
+        reach(node, False, hash((place, gate.output_nr)))
     while heap:
         node = heapq.heappop(heap)[2]
         dynamic = flags[node]
@@ -115,10 +139,11 @@ def walk(gates: Sequence[Any]) -> dict[Point, Found]:
             known = point.dims if isinstance(point, Call) else None
             dims = (0,) * outputs if known is None else known.outputs
             shapes = tuple(tuple(x.shape) for x in node._input_metadata)
-            found[point] = Found(node, tuple(dim or 0 for dim in dims), shapes, dynamic)
+            found[point] = Found(node, tuple(dim or 0 for dim in dims), shapes, dynamic, paths[node])
         below = dynamic or _is_dynamic(node)
-        for following, _ in node.next_functions:
-            reach(following, below)
+        path = hash((paths[node], _operation(node)))
+        for place, (following, output) in enumerate(node.next_functions):
+            reach(following, below, hash((path, place, output)))
     return found
 
 

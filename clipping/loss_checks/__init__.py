@@ -25,6 +25,8 @@ What cannot be seen
 - numbers that Python or numpy made from the batch (`.item()`, `.tolist()`, `sklearn`): a scalar among them is found when
   it changes from batch to batch (from the second draw on, and not in `engine.backward(losses)`); an array with a row for
   each example, and other constants than single numbers, are taken as they are;
+- hooks on tensors or nodes between the outputs and the loss, which change gradients and leave no trace in the graph;
+- gradients that the loop takes with a backward of its own (of detached outputs, say) and puts into a loss as constants;
 - a loop that does something else at the draws that are not followed, with the same operations;
 - what the collate function or the dataset did before the batch was handed out, such as padding to the longest, and how
   the model's own forward depends on that length;

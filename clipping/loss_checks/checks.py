@@ -150,6 +150,8 @@ class LossChecks:
         if model is not self._tape.model:
             return
         num_examples = self._tape.num_examples_seen
+        if not torch.is_grad_enabled() or self._tape.is_aside:  # of which the tape takes no notice
+            num_examples = self._provenance.facts.num_examples if self._provenance.on else None
         if num_examples:
             found = (outputs,) if isinstance(outputs, Tensor) else tuple(tensors(outputs))
             dims = [batch_dim_of(x, num_examples, self._tape.batch_dim) for x in found]
@@ -228,6 +230,8 @@ class LossChecks:
         following = self._provenance.on
         facts = Facts(mean=self._mean, read=self._provenance.read)
         lookup = self._provenance.made if following else None
+        if following and isinstance(grad, Tensor):
+            _refuse_seen(self._provenance.seen.of(grad), refuse_mixing)
         state = states(found, facts, lookup)[-1][number]
         if facts.num_examples:
             self._judge(facts, _started(facts, state, grad))

@@ -18,6 +18,7 @@ Lookup = Callable[[Tensor, int], State]
 """What was seen of how a constant tensor was made, for a batch of so many examples."""
 
 _BESIDE = ("target", "weight", "mask", "condition", "pos_weight")
+_OPERANDS = ("tensor1", "tensor2", "exponent", "end", "min", "max")
 _UNKNOWN = Unproven("an output of the model without a dimension for the examples", shown=False)
 _UNEQUAL = Unproven("outputs for different numbers of examples in one loss", shown=False)
 
@@ -104,7 +105,9 @@ def _traced(
                 inputs[place], sizes[place] = seen, tuple(tensor.shape)
             elif isinstance(seen, Unproven):
                 return seen
-            elif name in _BESIDE and isinstance(seen, Rows | Total):
+            elif (name in _BESIDE and isinstance(seen, Rows | Total)) or (
+                name in _OPERANDS and isinstance(seen, Total)
+            ):
                 inputs.append(seen)
                 sizes.append(tuple(tensor.shape))
     return None

@@ -53,8 +53,8 @@ def _linear(facts: Facts, operation: Operation, *, mean: bool) -> State:
             kept = Rows(reduced(state.layout, dims, bool(operation.get("keepdim"))), state.factor)
             return scaled(kept, Factor(1 / size)) if mean else kept
         return total(facts, state.factor, size, mean=mean)
-    if isinstance(state, Alone):  # an example's own number of elements is its own
-        return state
+    if isinstance(state, Alone):  # an example's own number of elements is its own, that of several is not
+        return scaled(state, Factor(1 / size)) if mean and not state.single else state
     return scaled(state, Factor(1 / size)) if mean else Total(state.factors)
 
 

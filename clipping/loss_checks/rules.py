@@ -52,7 +52,7 @@ scaled_dot_product_cudnn_attention scaled_dot_product_fused_attention_overrideab
 
 _FRESH = """
 zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-new_empty_strided fill zero normal uniform exponential random
+new_empty_strided zero normal uniform exponential random
 """.split()
 
 
@@ -89,7 +89,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (arithmetic.added, "add sub rsub".split()),
     (arithmetic.multiplied, ["mul"]),
     (arithmetic.divided, ["div"]),
-    (arithmetic.replaced, ["copy", "copys"]),
+    (arithmetic.replaced, ["copy", "copys", "fill"]),
     (reductions.summed, ["sum"]),
     (reductions.averaged, ["mean"]),
     (structure.permuted_by, "permute transpose t numpy_t swapaxes".split()),
@@ -101,7 +101,7 @@ _GROUPS: tuple[tuple[Rule, Sequence[str]], ...] = (
     (structure.windows, ["unfold"]),
     (structure.moved, ["flip", "roll"]),
     (structure.gathered, ["gather"]),
-    (structure.scattered, ["scatter", "scatter_add"]),
+    (structure.scattered, ["scatter", "scatter_add", "index_add"]),
     (structure.diagonal, ["diagonal", "diagonal_copy"]),
     (selection.indexed, ["index", "index_select"]),
     (selection.masked, ["masked_select"]),

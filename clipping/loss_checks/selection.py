@@ -56,6 +56,11 @@ def assigned(facts: Facts, operation: Operation) -> State:
     mask = given[places[0]] if len(places) == 1 else None
     values = operation.get("values")
     constant = not isinstance(values, Tensor) or values.numel() == 1
+    for state in operation.states:
+        if isinstance(state, Unproven):
+            return state
+    if any(isinstance(state, Total) for state in operation.states) or operation.get("accumulate") is True:
+        return unproven(operation, "a sum over examples of the batch, written to chosen places")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not constant or places != [0]:
         return unproven(operation, "an assignment to chosen places", shown=False)
     left = (*mask.shape, *(1 for _ in operation.out[mask.dim() :]))

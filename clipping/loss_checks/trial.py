@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clipping.loss_checks.layout import Layout
-from clipping.loss_checks.state import Rows, State, Unproven
+from clipping.loss_checks.state import Rows, State, Total, Unproven
 
 
 class Call(NamedTuple):
@@ -43,6 +43,8 @@ class Call(NamedTuple):
 def tried(call: Call, states: Sequence[State], result: Tensor, which: int, num_examples: int) -> State:
     """How output `which` depends on the examples, found by running `call` again on copies of single examples."""
     name = call.func._schema.name.partition("::")[2]
+    if any(isinstance(state, Total) for state in states):
+        return Unproven(f"a function of a sum over the examples of the batch ({name})", shown=True)
     unknown = Unproven(f"an operation that is not known ({name})", shown=False)
     rows = {id(x): s.layout for x, s in zip(call.inputs, states, strict=True) if isinstance(s, Rows)}
     plain = all(layout == Layout(layout.dim) for layout in rows.values())
