@@ -88,7 +88,10 @@ def _is_dynamic(node: Any) -> bool:
 def _is_foreign(node: Any) -> bool:
     """Whether it is of a Python function that is not ours."""
     kind: Any = type(node)
-    return issubclass(kind, BackwardCFunction) and not kind._forward_cls.__module__.startswith("clipping.")
+    if not issubclass(kind, BackwardCFunction):
+        return False
+    function: Any = getattr(kind, "_forward_cls", None)
+    return not getattr(function, "__module__", "").startswith("clipping.")
 
 
 def _operation(node: Any) -> tuple[object, ...]:
