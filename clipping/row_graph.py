@@ -68,7 +68,7 @@ class Found(NamedTuple):
 
 def _is_dynamic(node: Any) -> bool:
     """Whether data may decide which rows of its arguments the rows of a result are made of."""
-    if isinstance(node, BackwardCFunction) and not _is_ours(node):
+    if _is_foreign(node):
         return True  # a function of the model's own may have any name
     name = node.name().rstrip("0123456789").removesuffix("Backward").lower().rpartition("::")[2]
     if name in _CHOOSING:
@@ -85,8 +85,10 @@ def _is_dynamic(node: Any) -> bool:
     return name not in _SHAPED
 
 
-def _is_ours(node: Any) -> bool:
-    return type(node)._forward_cls.__module__.partition(".")[0] == "clipping"
+def _is_foreign(node: Any) -> bool:
+    """Whether it is of a Python function that is not ours."""
+    kind: Any = type(node)
+    return BackwardCFunction in kind.__mro__ and not kind._forward_cls.__module__.startswith("clipping.")
 
 
 def _operation(node: Any) -> tuple[object, ...]:

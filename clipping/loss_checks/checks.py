@@ -25,7 +25,7 @@ from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.provenance import Provenance
-from clipping.loss_checks.state import Facts, Rows, State, Total, Unproven, away
+from clipping.loss_checks.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
 from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
 from clipping.rules.generic import batch_dim_of
@@ -159,13 +159,26 @@ class LossChecks:
         if not self._provenance.on or model is not self._tape.model:
             return
         self._order = None
-        for tensor in tensors((args, kwargs)):
-            found = self._provenance.seen.of(tensor)
+        given = [(x, self._provenance.seen.of(x)) for x in tensors((args, kwargs))]
+        if torch.is_grad_enabled() and not self._provenance.listed:
+            self._refuse_copies(given)
+        for _, found in given:
             if isinstance(found, Rows):
                 self._order = found.layout.order
             elif torch.is_grad_enabled():
                 _refuse_seen(found, _refuse_input)
         self._provenance.enter_model()
+
+    def _refuse_copies(self, given: Sequence[tuple[Tensor, State]]) -> None:
+        """Raise MixesExamples where some examples only are there for all: as rows of the batch, or beside them."""
+        num_examples, dim = self._provenance.facts.num_examples, self._tape.batch_dim
+        alone = [(x, state.factors) for x, state in given if isinstance(state, Alone)]
+        few = 0 < len({i for _, examples in alone for i in examples}) < num_examples
+        if few and (
+            any(isinstance(state, Rows) for _, state in given)
+            or (len(given) == 1 and all(x.dim() > dim and x.shape[dim] == num_examples for x, _ in alone))
+        ):
+            _refuse_input(Unproven("copies of a single example for the others", shown=True))
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], outputs: object) -> None:
         if model is not self._tape.model:

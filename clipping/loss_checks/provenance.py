@@ -90,7 +90,9 @@ class Seen:
     def forget(self, batch: Iterable[Tensor]) -> None:
         """Forget the memory of `batch`; what else of it is left over is of no example that is to come."""
         for value in batch:
-            self._known.pop(self._address(value), None)
+            address = self._address(value)
+            if address is not None:
+                self._known.pop(address, None)
         kept = {}
         for address, (storage, views) in self._known.items():
             if storage() is not None and any(_tells(state) for state in views.values()):
@@ -128,6 +130,8 @@ class Provenance(TorchDispatchMode):
         self.facts = Facts(tracing=True)
         self.read: set[float] = set()
         """Numbers that the loop read from the batch."""
+        self.listed = False
+        """Whether the batch may be a list of examples, or has as many parts as examples."""
         self._batch: list[Tensor] = []
         self._inside = 0
         self._on = self._entered = False
@@ -150,6 +154,7 @@ class Provenance(TorchDispatchMode):
         for tensor, state in handed_out(batch, num_examples, batch_dim):
             self._batch.append(tensor)
             self.seen.put(tensor, state)
+        self.listed = isinstance(batch, list | tuple) and len(batch) == num_examples
         self._on, self._inside = True, 0
         if not self._entered:
             self.__enter__()

@@ -112,3 +112,28 @@ def test_attack_by_numbers_of_an_earlier_batch_is_refused():
                 centre = centre + outputs.detach().mean(0)
                 optimizer.step()
     engine.detach()
+
+
+def _copied(x):
+    x = x.clone()
+    x[:] = x[0]
+    return x
+
+
+@pytest.mark.parametrize(
+    "inputs", [lambda x: (_copied(x),), lambda x: (x, x[0])], ids=["rows", "beside the rows"]
+)
+def test_attack_by_one_example_in_the_place_of_all_is_refused(inputs):
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x, other=None):
+            return self.inner(x if other is None else x + other)
+
+    engine, model, _, loader = familiar(Taking(), examples(NUM), batch_size=NUM)
+    x, _ = next(iter(loader))
+    with pytest.raises(MixesExamples, match="single example"):
+        model(*inputs(x))
+    engine.detach()
