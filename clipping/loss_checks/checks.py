@@ -139,7 +139,7 @@ class LossChecks:
             return
         self._order = None
         given = [(x, self._provenance.seen.of(x)) for x in tensors((args, kwargs))]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._provenance.listed:
             self._refuse_copies(given)
         for _, found in given:
             if isinstance(found, Rows):
@@ -155,7 +155,7 @@ class LossChecks:
         few = 0 < len({i for _, examples in alone for i in examples}) < num_examples
         if few and (
             any(isinstance(state, Rows) for _, state in given)
-            or any(x.dim() > dim and x.shape[dim] == num_examples for x, _ in alone)
+            or (len(given) == 1 and all(x.dim() > dim and x.shape[dim] == num_examples for x, _ in alone))
         ):
             _refuse_input(Unproven("copies of a single example for the others", shown=True))
 

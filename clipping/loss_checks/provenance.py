@@ -139,6 +139,8 @@ class Provenance(TorchDispatchMode):
         self.facts = Facts(tracing=True)
         self.read: set[float] = set()
         """Numbers that the loop read from the batch."""
+        self.listed = False
+        """Whether the batch may be a list of examples, or has as many parts as examples."""
         self._inside = 0
         self._on = self._entered = False
 
@@ -159,6 +161,7 @@ class Provenance(TorchDispatchMode):
         self.facts = Facts(tracing=True, num_examples=num_examples)
         for tensor, state in handed_out(batch, num_examples, batch_dim):
             self.seen.hand_out(tensor, state)
+        self.listed = isinstance(batch, list | tuple) and len(batch) == num_examples
         self._on, self._inside = True, 0
         if not self._entered:
             self.__enter__()
