@@ -240,7 +240,8 @@ class Tape:
         name = self._entries.get(module)
         if name is None or self._rerunning or self._aside or not torch.is_grad_enabled():
             return  # none of ours: a copy of the model, say
-        if module is not self.model and self._entry not in (None, module):
+        recomputed = torch._C._current_graph_task_id() != -1  # a checkpoint in the middle of a backward
+        if module is not self.model and (recomputed or self._entry not in (None, module)):
             return
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
@@ -417,7 +418,8 @@ class Tape:
             ran and ran.kept,
             spread,
         )
-        self._attribution.note(call, self._rows_of(call, inputs, floating))
+        if packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
+            self._attribution.note(call, self._rows_of(call, floating))
         if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(layer.names.values()):
                 self._calls[name].add(call)
@@ -433,10 +435,7 @@ class Tape:
 
     # -- backward ---------------------------------------------------------------------------------------
 
-    def _rows_of(self, call: Call, inputs: Inputs, outputs: list[Tensor]) -> int:
-        packed = packed_input(inputs)
-        if packed is not None:
-            return int(packed.batch_sizes[0])
+    def _rows_of(self, call: Call, outputs: list[Tensor]) -> int:
         return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
 
     def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:

@@ -176,7 +176,7 @@ def half():
     ("build", "text"),
     [
         (lambda: nn.BatchNorm1d(D), r"'1' \(BatchNorm1d\): it normalises each example by the whole batch; use GroupNorm"),
-        (lambda: nn.SyncBatchNorm(D), r"'1' \(SyncBatchNorm\): .*opacus.validators.ModuleValidator.fix"),
+        (lambda: nn.SyncBatchNorm(D), r"'1' \(SyncBatchNorm\): .*dpopt.ModuleValidator.fix"),
         (lambda: nn.BatchNorm2d(D, affine=False), "it normalises each example by the whole batch"),
         (lambda: nn.BatchNorm1d(D, track_running_stats=False).eval(), "it normalises each example by the whole batch"),
         (
