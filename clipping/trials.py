@@ -186,7 +186,9 @@ def _picked(grads: dict[int, Tensor], batch: Batch, dim: int) -> Tensor:
 def _agree(truth: dict[str, Tensor | None], alone: dict[str, Tensor]) -> bool:
     """Whether the gradients of one example agree within rounding, each parameter's by itself."""
     known = {name: torch.zeros_like(alone[name]) if g is None else g for name, g in truth.items()}
-    largest = max((float(g.abs().max()) for g in known.values() if g.numel()), default=0.0)
+    largest = max(
+        (float(g.abs().nan_to_num(0, 0, 0).max()) for g in known.values() if g.numel()), default=0.0
+    )
     for name, grad in known.items():
         if grad.numel() == 0:
             continue

@@ -28,9 +28,16 @@ def tensors(value: object) -> Iterator[Tensor]:
 def handed_out(batch: object, num_examples: int, batch_dim: int) -> Iterator[tuple[Tensor, State]]:
     """The tensors of a batch with what is known of each: rows of all examples, or in a list of examples that of one."""
     listed = isinstance(batch, list | tuple) and len(batch) == num_examples
-    rows = [(x, batch_dim_of(x, num_examples, batch_dim)) for x in tensors(batch)]
     if not listed:
-        yield from ((x, None if dim is None else Rows(Layout(dim))) for x, dim in rows)
-    elif any(dim is None for _, dim in rows):
-        assert isinstance(batch, list | tuple)
+        for x in tensors(batch):
+            dim = batch_dim_of(x, num_examples, batch_dim)
+            yield x, None if dim is None else Rows(Layout(dim))
+    elif not all(_can_be_all(part, num_examples, batch_dim) for part in batch):
         yield from ((x, Alone({i: ONE})) for i, example in enumerate(batch) for x in tensors(example))
+
+
+def _can_be_all(part: object, num_examples: int, batch_dim: int) -> bool:
+    """Whether a part of a batch can be that of all examples: rows, or a list with one for each."""
+    if isinstance(part, list | tuple) and len(part) == num_examples:
+        return True
+    return all(batch_dim_of(x, num_examples, batch_dim) is not None for x in tensors(part))
