@@ -168,7 +168,8 @@ class LossChecks:
         if num_examples:
             found = (outputs,) if isinstance(outputs, Tensor) else tuple(tensors(outputs))
             dims = [batch_dim_of(x, num_examples, self._tape.batch_dim) for x in found]
-            layouts = [None if dim is None else Layout(dim, order=self._order) for dim in dims]
+            listed = isinstance(outputs, list | tuple) and len(outputs) == num_examples  # of one each, maybe
+            layouts = [None if dim is None or listed else Layout(dim, order=self._order) for dim in dims]
             mark(found, layouts, num_examples, id(self._tape))
             if self._provenance.on:
                 self._note_outputs(found, layouts, num_examples)
