@@ -101,7 +101,8 @@ def leftovers(model, optimizer=None):
         found += [*(p._backward_hooks or ()), *vars(p)]
         found += [] if p.grad is None else [p.grad]
     if optimizer is not None:
-        ordinary = vars(type(optimizer)([nn.Parameter(torch.zeros(1))], lr=0.1))
+        options = {"fused": True} if optimizer.defaults.get("fused") else {}
+        ordinary = vars(type(optimizer)([nn.Parameter(torch.zeros(1))], lr=0.1, **options))
         found += [
             name for name in vars(optimizer) if name not in {*ordinary, "step", "_opt_called"}
         ]  # torch's schedulers
