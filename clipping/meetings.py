@@ -24,7 +24,8 @@ _ELEMENTWISE = frozenset(
     "add add_ sub sub_ subtract subtract_ rsub __rsub__ mul mul_ multiply multiply_ div div_ divide true_divide "
     "__rdiv__ __rtruediv__ pow __rpow__ where maximum minimum fmax fmin addcmul addcdiv lerp".split()
 )
-_SAVES_NOTHING = frozenset("add add_ sub sub_ subtract subtract_ rsub __rsub__".split())
+_ASSIGNMENTS = frozenset(("copy_", "__setitem__"))
+_SAVES_NOTHING = _ASSIGNMENTS | frozenset("add add_ sub sub_ subtract subtract_ rsub __rsub__".split())
 _PRODUCTS = frozenset("matmul __matmul__ bmm".split())
 _JOINS = frozenset("cat concat concatenate".split())
 _ATTENTION = "scaled_dot_product_attention"
@@ -175,8 +176,10 @@ def rows_of(operation: Operation, leaves: Sequence[Tensor]) -> int | None:
 
 def _shape_of(operation: Operation, leaves: Sequence[Tensor]) -> Sequence[int] | None:
     name = operation.name
-    if name in _ELEMENTWISE or name == "copy_":
+    if name in _ELEMENTWISE:
         return torch.broadcast_shapes(*(x.shape for x in leaves))
+    if name in _ASSIGNMENTS:
+        return leaves[0].shape
     if name in _PRODUCTS and min(x.dim() for x in leaves) > 1 and len(leaves) == 2:
         first, second = leaves
         lead = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
@@ -197,7 +200,7 @@ def place_of(operation: Operation, value: Tensor, leaves: Sequence[Tensor], save
     shape = _shape_of(operation, leaves)
     if shape is None or (len(shape) < 2 and operation.name not in _ELEMENTWISE):
         return None
-    batched = operation.name not in _ELEMENTWISE and operation.name != "copy_"
+    batched = operation.name not in _ELEMENTWISE and operation.name not in _ASSIGNMENTS
     if (
         value.dim() == len(shape)
         and value.shape[0] == shape[0]

@@ -211,8 +211,10 @@ def test_a_failure_in_the_middle_of_the_backward_tears_the_step_until_it_is_disc
     with explicit(model, clipper=clipper) as private:
         for batch in private.batches(data, steps=1):
             private.sum.probing.done = True
-            private.accumulate(losses_of(model, batch.examples[:1]))
-            hidden = model[:2](inputs_of(data)[1:])
+            private.accumulate(
+                losses_of(model, batch.examples[:2])
+            )  # whose its rows are is asked now, and not again
+            hidden = model[:2](inputs_of(data)[2:])
             hidden.register_hook(fail)
             with pytest.raises(ZeroDivisionError):
                 private.accumulate(model[2](hidden).square().sum(1))
