@@ -292,10 +292,9 @@ class Shares:
         self._made.clear()
         self._rows = rows
         self._inside = True
-        self._blind = in_compiled_code()
-        if self._blind:
-            return
-        if self._due or self._always:
+        wanted = self._due or self._always
+        self._blind = wanted and in_compiled_code()
+        if wanted and not self._blind:
             forward = Forward(rows, self._home, origin)
             for value in given:
                 forward.values.note(value, known=False)

@@ -86,7 +86,8 @@ class Admission:
             raise RuntimeError(
                 "expected each drawn example once per step; got more examples than were drawn, which would break "
                 "the sensitivity; after a failed or repeated backward call discard() and run the whole batch again; "
-                "where users are drawn, join the records of each into one example"
+                "where users are drawn, join the records of each into one example, and where several rows are made of one "
+                "(crops, frames, choices), send back one loss for each example"
             )
         self.num_added += counted
         self.unfinished += 1
