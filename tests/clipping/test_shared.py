@@ -228,6 +228,16 @@ def test_checkpoints_are_run_again_without_the_mode(name):
     require_exact(Checkpointed(MODELS[name]()), BATCHES)
 
 
+def test_heads_before_examples_are_not_taken_for_them_where_they_are_as_many():
+    def heads_first(m, h, t):
+        scores = (h @ h.mT).expand(2, -1, -1, -1)  # two heads, then the examples
+        bias = m.bias(relative(t)).permute(2, 0, 1).unsqueeze(1)
+        return (torch.softmax(scores + bias, -1) @ h).sum(0) + h
+
+    torch.manual_seed(0)
+    require_exact(Base(heads_first, **bias(2)), tokens((5, 6), (2, 6), (3, 2), (1, 4), (2, 2)))
+
+
 def test_a_value_that_leaves_the_model_before_it_meets_the_examples_is_refused():
     model = Base(lambda m, h, t: h, **bias(1))
     model.forward = lambda x: (model.mix(model.embed(x)), model.bias(relative(4)))
