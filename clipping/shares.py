@@ -129,7 +129,7 @@ class Forward:
 
     def serves_all(self, outputs: Sequence[Tensor]) -> bool:
         """Whether no example entered the outputs of a layer, and they are not what the only example would have."""
-        if self.rows == 1 and all(x.dim() > 0 and x.shape[0] == 1 for x in outputs):
+        if self.rows == 1 and all(x.shape[:1] == (1,) and not self.values.sources(x) for x in outputs):
             return False
         return all(self.values.is_known(x) or self.values.sources(x) for x in outputs)
 

@@ -107,7 +107,7 @@ def network_of_a_table(m, h, t):
 
 def disentangled(m, h, t):
     # Repeated for each head of each example, as DeBERTa does, and seen by the layer that sees the examples too.
-    keys = m.key(m.norm(m.table.weight[: 2 * t])).view(-1, 2, D // 2).transpose(0, 1)
+    keys = m.key(m.norm(m.table.weight[: 2 * t]).unsqueeze(0)).view(-1, 2, D // 2).transpose(0, 1)
     heads = m.key(h).unflatten(2, (2, D // 2)).transpose(1, 2).flatten(0, 1)
     return h + torch.bmm(heads, keys.repeat(len(h), 1, 1).mT).sum(-1).view(len(h), 2, t).mT.sum(
         -1, keepdim=True
