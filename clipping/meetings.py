@@ -61,6 +61,8 @@ class Meeting:
     operation: str
     origin: Origin
     deliver: Deliver
+    entered: bool = False
+    """Whether data entered the value that are not rows of examples, whose gradient then goes on as it is."""
 
 
 class Met(torch.autograd.Function):
@@ -85,11 +87,17 @@ class Met(torch.autograd.Function):
             shape = meeting.value.shape
             own = grad.reshape(meeting.place.rows, *shape) if meeting.place.kind == "broadcast" else grad
             meeting.deliver(ctx.meetings, grad, lambda: [own])
-        return None, None, None
+        return None, None, _handed_back(meeting, grad)
+
+
+def _handed_back(meeting: Meeting, grad: Tensor | None) -> Tensor | None:
+    if not meeting.entered or grad is None:
+        return None
+    return grad.sum(0).reshape(meeting.value.shape) if meeting.place.kind == "broadcast" else grad
 
 
 class Valve(torch.autograd.Function):
-    """A value whose gradient is handed back where `valve` says so at the time of the backward."""
+    """A value whose gradient is handed back while `valve` holds True."""
 
     @staticmethod
     def forward(ctx, valve: list[bool], value: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]

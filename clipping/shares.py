@@ -86,7 +86,9 @@ class Home(NamedTuple):
     """What all forwards of a tape share.
 
     The names of its parameters, by id; what stays from one forward to the next; the leaf on which the nodes of meetings
-    stand; who is told of meetings where they are made; and what they deliver to.
+    stand; who is told of meetings where they are made; what they deliver to; and operations whose results were once seen
+    not to have the examples in their first dimension: where its size fits the batch's by chance, they have not either.
+    `valve` is open while the gradients of examples go back to what shared values are made of.
     """
 
     parameters: Mapping[int, str]
@@ -94,6 +96,8 @@ class Home(NamedTuple):
     anchor: Tensor
     register: Callable[[Meeting], None]
     deliver: Deliver
+    rowless: set[tuple[str, ...]]
+    valve: list[bool]
 
 
 class Forward:
@@ -126,7 +130,7 @@ class Forward:
 
     def serves_all(self, outputs: Sequence[Tensor]) -> bool:
         """Whether no example entered the outputs of a layer, and they are not what the only example would have."""
-        if self.rows == 1 and all(x.dim() > 0 and x.shape[0] == 1 for x in outputs):
+        if self.rows == 1 and all(x.shape[:1] == (1,) and not self.values.sources(x) for x in outputs):
             return False
         return all(self.values.is_known(x) or self.values.sources(x) for x in outputs)
 
@@ -172,9 +176,9 @@ class Forward:
         """An operation on shared values and others."""
         leaves = self._operands(operation)
         rows = rows_of(operation, leaves)
-        if rows is not None and not self._is_folded(rows):
+        if rows is not None and not self._has_rows(operation, shared, rows):
             self._all(shared, FOLLOWED)
-            return operation.run(), True
+            return self._parted(operation, shared).run(), True
         hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         saves = hooks._top_saved_tensors_default_hooks(False) is not None
         places = {id(x): place_of(operation, x, leaves, saves) for x in shared}
@@ -190,14 +194,27 @@ class Forward:
         self._refuse_overwritten(operation, shared)
         return _with(operation, made).run(), False
 
+    def _parted(self, operation: Operation, shared: Sequence[Tensor]) -> Operation:
+        """The operation on values whose gradient goes no further in an ordinary backward, where no example entered them.
+
+        Others carry the gradient of what entered them too, and are cut off further down already.
+        """
+        known = [x for x in shared if self.values.is_known(x)]
+        return _with(operation, {id(x): Valve.apply(self._home.valve, x) for x in known})
+
     def _operands(self, operation: Operation) -> list[Tensor]:
         if operation.name == "__setitem__":
             target, index, given = operation.args
             return [target[index], *tensors_of((given,))]
         return list(tensors_of((operation.args, operation.kwargs)))
 
-    def _is_folded(self, rows: int) -> bool:
-        return rows == 0 if self.rows == 0 else rows > 0 and rows % self.rows == 0
+    def _has_rows(self, operation: Operation, shared: Sequence[Tensor], rows: int) -> bool:
+        """Whether the first dimension of a result, of size `rows`, is that of the examples."""
+        names = {name for value in shared for source in self.values.sources(value) for name in source.names}
+        key = (operation.name, str(shared[0].dim()), *sorted(names))
+        if self.rows and (rows == 0 or rows % self.rows):
+            self._home.rowless.add(key)
+        return key not in self._home.rowless and (rows == 0) == (self.rows == 0)
 
     def _manner(self, place: Place) -> Use:
         if place.rows != self.rows or place.kind not in ("broadcast", "aligned"):
@@ -218,7 +235,10 @@ class Forward:
     def _meeting(self, operation: Operation, value: Tensor, place: Place) -> Meeting:
         sources = self.values.sources(value)
         names = tuple(sorted({name for source in sources for name in source.names}))
-        meeting = Meeting(place, value, sources, names, operation.name, self._origin, self._home.deliver)
+        entered = not self.values.is_known(value)
+        meeting = Meeting(
+            place, value, sources, names, operation.name, self._origin, self._home.deliver, entered
+        )
         self._home.register(meeting)
         return meeting
 
@@ -232,13 +252,10 @@ class Forward:
     def _split(self, operation: Operation, shared: Sequence[Tensor]) -> tuple[Any, bool]:
         if operation.name.endswith("_"):  # what changes in place cannot be run again
             return operation.run(), True
-        valve = [True]
-        passed = {id(x): Valve.apply(valve, x) for x in shared}
-        result = _with(operation, passed).run()
+        result = self._parted(operation, shared).run()
         whole = isinstance(result, Tensor) and result.dim() > 0 and result.requires_grad
-        if not whole or not self._is_folded(result.shape[0]):
+        if not whole or not self._has_rows(operation, shared, result.shape[0]):
             return result, True
-        valve[0] = False
         place = Place("other", result.shape[0])
         meetings = tuple(self._meeting(operation, x, place) for x in shared)
         return Split.apply(meetings, self._home.anchor, operation, result, *shared), False
@@ -295,10 +312,9 @@ class Shares:
         self._made.clear()
         self._rows = rows
         self._inside = True
-        self._blind = in_compiled_code()
-        if self._blind:
-            return
-        if self._always or entry not in self._settled:
+        wanted = self._always or entry not in self._settled
+        self._blind = wanted and in_compiled_code()
+        if wanted and not self._blind:
             forward = Forward(rows, self._home, origin)
             for value in given:
                 forward.values.note(value, known=False)

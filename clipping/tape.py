@@ -85,7 +85,10 @@ class Tape:
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         known = {id(p): name for name, p in self.parameters.items()}
-        self._shares = Shares(Home(known, Constants(model), self._anchor, self._register, self._arrive))
+        self._valve = [False]
+        self._shares = Shares(
+            Home(known, Constants(model), self._anchor, self._register, self._arrive, set(), self._valve)
+        )
         self._attribution = Attribution(self._anchor)
         self._hooks: list[RemovableHandle] = []
         self._frames = Frames()
@@ -453,7 +456,11 @@ class Tape:
             refuse_rounded(meetings[0].names[0], (grad,), mean=self._mean)
             for meeting, mine in zip(meetings, own(), strict=True):
                 rows = self._attribution.rows(record, meeting, meeting.place.rows)
-                found = gradients_at(meeting, mine, rows, self._again) if record.num_examples else {}
+                self._valve[0] = True
+                try:
+                    found = gradients_at(meeting, mine, rows, self._again) if record.num_examples else {}
+                finally:
+                    self._valve[0] = False
                 record.take(meeting, meeting.names, found)
 
     def _record(self, origin: Origin, name: str) -> Record:

@@ -106,7 +106,7 @@ class Unbatched(TorchFunctionMode):
         self._known = dict(self._before)
         self._sources: dict[int, tuple[Tensor, frozenset[Any]]] = {}
         self._entered: dict[int, Tensor] = {}
-        self._written: set[int] = set()
+        self._written: dict[int, Tensor] = {}
         self._follower = follower
         self.aside = False
         """Whether what runs now is no part of the forward."""
@@ -142,6 +142,7 @@ class Unbatched(TorchFunctionMode):
         self._known.clear()
         self._sources.clear()
         self._entered.clear()
+        self._written.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -216,7 +217,8 @@ class Unbatched(TorchFunctionMode):
     def _write(self, target: Tensor, known: bool, sources: frozenset[Any]) -> None:
         """What an operation returned is one of its arguments: changed in place, or handed through."""
         if not known and id(target) in self._known:
-            self._written.add(target.untyped_storage().data_ptr())
+            # Held, like all the others: its memory cannot become another tensor's.
+            self._written[target.untyped_storage().data_ptr()] = target
         self.note(
             target,
             known=known,

@@ -88,7 +88,8 @@ class Admission:
                 "sensitivity; send several losses of the same examples back as one sum, or inside same_examples(); an attack "
                 "on the inputs, or a generator's loss, inside paused(); public examples in a step of their own, inside "
                 "public_examples(); after a failed or repeated backward call discard() and run the whole batch again; "
-                "where users are drawn, join the records of each into one example"
+                "where users are drawn, join the records of each into one example, and where several rows are made of one "
+                "(crops, frames, choices), send back one loss for each example"
             )
         self.num_added += counted
         self.unfinished += 1

@@ -32,7 +32,9 @@ def handed_out(batch: object, num_examples: int, batch_dim: int) -> Iterator[tup
         for x in tensors(batch):
             dim = batch_dim_of(x, num_examples, batch_dim)
             yield x, None if dim is None else Rows(Layout(dim))
-    elif not all(_can_be_all(part, num_examples, batch_dim) for part in batch):
+    elif isinstance(batch, list | tuple) and not all(
+        _can_be_all(part, num_examples, batch_dim) for part in batch
+    ):
         yield from ((x, Alone({i: ONE})) for i, example in enumerate(batch) for x in tensors(example))
 
 
