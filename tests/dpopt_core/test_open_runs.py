@@ -85,7 +85,7 @@ def test_weights_are_saved_while_a_run_is_open_and_the_model_is_not():
 def test_a_ledger_that_another_run_holds_is_named_with_the_way(tmp_path):
     path = tmp_path / "run.jsonl"
     engine, *_ = familiar(engine=PrivacyEngine(accountant="rdp", ledger=path))
-    with pytest.raises(RuntimeError, match=r"one of this process: detach\(\) it"):
+    with pytest.raises(RuntimeError, match=r"another engine of this process .*call detach\(\)"):
         familiar(engine=PrivacyEngine(accountant="rdp", ledger=path))
     engine.detach()
     familiar(engine=PrivacyEngine(accountant="rdp", ledger=path))[0].detach()
