@@ -11,7 +11,7 @@ def test_the_path_of_a_step_is_no_longer_than_it_was(tmp_path, capsys):
     file = tmp_path / "path.json"
     path.main(["--write", str(file), "--files"])
     out = capsys.readouterr().out
-    assert "| dpopt |" in out and "dpopt/engine.py" in out
+    assert "| dpopt |" in out and "dpopt/step.py" in out
     path.main(["--against", str(file)])
     rows = [line.split("|")[1:5] for line in capsys.readouterr().out.splitlines()]
     found = {name.strip(): tuple(map(int, counts)) for name, *counts in rows[2:]}

@@ -147,7 +147,9 @@ def test_a_skipped_step_on_a_whole_batch_is_refused_at_the_next_draw():
     F.cross_entropy(model(inputs), labels).backward()
     optimizer.signal_skip_step()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"expected step\(\) of the private optimizer on every drawn batch"):
+    with pytest.raises(
+        RuntimeError, match=r"expected step\(\) of the private optimizer on every drawn batch"
+    ):
         next(batches)
 
 
