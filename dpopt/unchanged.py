@@ -34,8 +34,8 @@ def refuse_changed_buffers(before: dict[str, Tensor], model: nn.Module) -> None:
     if changed:
         raise RuntimeError(
             f"expected buffers that do not change in training; got changes in {changed[:4]}, which would be "
-            "published without noise; freeze the module that writes them (eval()), or register them with "
-            "persistent=False"
+            "published without noise; freeze the module that writes them (eval()); a buffer that is "
+            "never saved (persistent=False) must still hold nothing that a later batch reads"
         )
 
 

@@ -22,11 +22,16 @@ examples together is refused.
 
 What cannot be seen
 -------------------
-- numbers that Python or numpy made from the batch (`.item()`, `.tolist()`, `sklearn`): a scalar among them is found when
+- numbers that Python or numpy made from the batch (`.item()`, `.tolist()`, `sklearn`, the size of a selection): a scalar among them is found when
   it changes from batch to batch (from the second draw on, and not in `engine.backward(losses)`); an array with a row for
   each example, and other constants than single numbers, are taken as they are;
 - hooks on tensors or nodes between the outputs and the loss, which change gradients and leave no trace in the graph;
 - gradients that the loop takes with a backward of its own (of detached outputs, say) and puts into a loss as constants;
+- statistics of the batch that the model's own forward takes without a gradient, and state that it carries from batch to
+  batch, where its parameters are all in layers that have a rule; a branch in Python on numbers of the batch;
+- weights by place (`linspace(0, 1, B)`), and a user's autograd function that brings examples together in its backward,
+  inside `engine.backward(losses)`;
+- an earlier batch of the same size in the place of the drawn one;
 - a loop that does something else at the draws that are not followed, with the same operations;
 - what the collate function or the dataset did before the batch was handed out, such as padding to the longest, and how
   the model's own forward depends on that length;
