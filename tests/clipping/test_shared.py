@@ -207,9 +207,9 @@ def test_positions_are_followed_once_and_biases_always(name):
 def test_a_model_in_which_nothing_serves_all_is_followed_once(monkeypatch):
     model = Base(lambda m, h, t: h)
     tape = require_exact(model, BATCHES[:1])
-    assert not tape._shares._plan and not tape._shares._always and not tape._shares._due
+    assert not tape._shares._plan and not tape._shares._always and "" in tape._shares._settled
     tape.doubt()
-    assert tape._shares._due
+    assert not tape._shares._settled
 
 
 @pytest.mark.parametrize(
