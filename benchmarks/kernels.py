@@ -108,7 +108,7 @@ def layer_cases(layer: str, dtype: str, positions: int, rounds: int) -> list[Tim
     half_gram = num_examples * positions * (positions + 1) * (num_out + num_in)
     product = 2 * num_examples * positions * num_out * num_in
     calls: dict[str, tuple[Callable[[], object], float, float]] = {
-        "ghost norm": (lambda: grads._ghost_sq_norm(None), half_gram, read),
+        "ghost norm": (lambda: grads._ghost_norms(None), half_gram, read),
         "formed norm": (grads.formed_norms, product, read),
         "weighted sum": (lambda: grads.weighted_sum(weights, into), product, read + 2 * into.nbytes),
     }
