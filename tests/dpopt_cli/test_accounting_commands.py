@@ -61,7 +61,7 @@ def test_a_ledger_is_priced_over_all_its_charges(ledger: Path, tmp_path: Path) -
     picture = tmp_path / "epsilon.png"
     done = invoke("epsilon", "--ledger", ledger, "--delta", 1e-5, "--plot", picture)
     assert done.exit_code == 0, done.output
-    assert "7 charges" in done.stdout
+    assert "7 charges" in " ".join(done.stdout.split())  # the path may be long
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 
