@@ -29,6 +29,8 @@ from accountants.loss import Step
 
 Array = NDArray[np.float64]
 Values = float | Array
+Half = Callable[[Array], Array]
+"""One half of a curve, at losses of one sign."""
 
 UNIT = 2.0**-53
 """The relative rounding error of one float64 operation."""
@@ -57,10 +59,20 @@ def dots(step: Step, removed: bool, mesh: float, ends: tuple[float, float]) -> L
     Guarantees:
         - pessimistic: the curve of the result is nowhere below that of the step, rounding errors included.
     """
-    below, above = max(1, math.ceil(-ends[0] / mesh)), max(1, math.ceil(ends[1] / mesh))
-    up, down = mesh * np.arange(above + 1.0), mesh * np.arange(-below, 1.0)
     s, q = step.noise_multiplier, step.sampling_rate
-    return connect(_above(s, q, removed, up), _below(s, q, removed, down), mesh)
+    return discretised(lambda x: _above(s, q, removed, x), lambda x: _below(s, q, removed, x), mesh, ends)
+
+
+def discretised(above: Half, below: Half, mesh: float, ends: tuple[float, float]) -> Law:
+    """Connect the dots between `ends` of a curve given by its halves: H(e) at e >= 0, H(e) - (1 - exp(e)) at e <= 0."""
+    num_below, num_above = max(1, math.ceil(-ends[0] / mesh)), max(1, math.ceil(ends[1] / mesh))
+    up, down = mesh * np.arange(num_above + 1.0), mesh * np.arange(-num_below, 1.0)
+    return connect(above(up), below(down), mesh)
+
+
+def outside(above: Half, below: Half, mass: float) -> tuple[float, float]:
+    """Find the losses (low, high) outside of which both halves of one step's curve are at most `mass`."""
+    return -float(crossing(lambda x: below(-x), mass, 1)[0]), float(crossing(above, mass, 1)[0])
 
 
 def connect(curve: Array, excess: Array, mesh: float) -> Law:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from accountants.dots import FARTHEST, UNIT, Law, connect, crossing, gaussian, inner
+from accountants.dots import FARTHEST, UNIT, Law, discretised, gaussian, inner, outside
 from accountants.loss import Step, sampled_density, sampled_loss
 from accountants.moments import Line, Nodes, Part
 from accountants.swapped import mirrored_nodes
@@ -72,16 +72,12 @@ def emptied_delta(step: Step, epsilon: float) -> float:
 
 def emptied_law(step: Step, full: bool, mesh: float, ends: tuple[float, float]) -> Law:
     """Discretise one step between `ends`, as `dots` does; never below the truth."""
-    below, above = max(1, math.ceil(-ends[0] / mesh)), max(1, math.ceil(ends[1] / mesh))
-    up, down = mesh * np.arange(above + 1.0), mesh * np.arange(-below, 1.0)
-    return connect(emptied_curve(step, full, up), _mirrored(step, full, down), mesh)
+    return discretised(lambda x: emptied_curve(step, full, x), lambda x: _mirrored(step, full, x), mesh, ends)
 
 
 def emptied_reach(step: Step, full: bool, mass: float) -> tuple[float, float]:
     """Find the losses (low, high) outside of which the curve and its excess are at most `mass`."""
-    high = crossing(lambda x: emptied_curve(step, full, x), mass, 1)
-    low = crossing(lambda x: _mirrored(step, full, -x), mass, 1)
-    return -float(low[0]), float(high[0])
+    return outside(lambda x: emptied_curve(step, full, x), lambda x: _mirrored(step, full, x), mass)
 
 
 def emptied_nodes(step: Step, ends: tuple[float, float], full: bool, count: int) -> tuple[Array, Array]:

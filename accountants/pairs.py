@@ -73,6 +73,15 @@ _SWAPPED = Kind(
     alike=True,
 )
 
+_SHIFTED = Kind(
+    law=shifted_law,
+    reach=shifted_reach,
+    nodes=shifted_nodes,
+    delta=shifted_delta,
+    directions=shifted_directions,
+    mixed=shifted_mixed,
+)
+
 KINDS: Mapping[str, Kind] = {
     ONE: Kind(
         law=dots,
@@ -92,22 +101,8 @@ KINDS: Mapping[str, Kind] = {
         directions=emptied_directions,
         mixed=_apart(1.0),
     ),
-    SHIFTED: Kind(
-        law=shifted_law,
-        reach=shifted_reach,
-        nodes=shifted_nodes,
-        delta=shifted_delta,
-        directions=shifted_directions,
-        mixed=shifted_mixed,
-    ),
-    GROUP: Kind(
-        law=shifted_law,
-        reach=shifted_reach,
-        nodes=shifted_nodes,
-        delta=shifted_delta,
-        directions=shifted_directions,
-        mixed=shifted_mixed,
-    ),
+    SHIFTED: _SHIFTED,
+    GROUP: _SHIFTED,
 }
 
 

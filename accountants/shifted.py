@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from accountants.dots import FARTHEST, UNIT, Law, connect, crossing
+from accountants.dots import FARTHEST, UNIT, Law, discretised, outside
 from accountants.loss import SHIFTED, Step
 from accountants.moments import Line, Nodes, Part
 
@@ -100,16 +100,12 @@ def shifted_delta(step: Step, epsilon: float) -> float:
 
 def shifted_law(step: Step, removed: bool, mesh: float, ends: tuple[float, float]) -> Law:
     """Discretise one step between `ends`, as `dots` does; never below the truth."""
-    below, above = max(1, math.ceil(-ends[0] / mesh)), max(1, math.ceil(ends[1] / mesh))
-    up, down = mesh * np.arange(above + 1.0), mesh * np.arange(-below, 1.0)
-    return connect(_above(step, removed, up), _below(step, removed, down), mesh)
+    return discretised(lambda x: _above(step, removed, x), lambda x: _below(step, removed, x), mesh, ends)
 
 
 def shifted_reach(step: Step, removed: bool, mass: float) -> tuple[float, float]:
     """Find the losses (low, high) outside of which the curve and its excess are at most `mass`."""
-    high = crossing(lambda x: _above(step, removed, x), mass, 1)
-    low = crossing(lambda x: _below(step, removed, -x), mass, 1)
-    return -float(low[0]), float(high[0])
+    return outside(lambda x: _above(step, removed, x), lambda x: _below(step, removed, x), mass)
 
 
 def shifted_nodes(step: Step, ends: tuple[float, float], removed: bool, count: int) -> tuple[Array, Array]:

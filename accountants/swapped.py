@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from accountants.dots import FARTHEST, UNIT, Law, connect, crossing, gaussian, inner
+from accountants.dots import FARTHEST, UNIT, Law, discretised, gaussian, inner, outside
 from accountants.loss import FIXED, Step, sampled_density, sampled_loss
 from accountants.moments import Line, Nodes, Part
 
@@ -76,16 +76,12 @@ def swapped_delta(step: Step, epsilon: float) -> float:
 
 def swapped_law(step: Step, mesh: float, ends: tuple[float, float]) -> Law:
     """Discretise one step between `ends`, as `dots` does; never below the truth."""
-    below, above = max(1, math.ceil(-ends[0] / mesh)), max(1, math.ceil(ends[1] / mesh))
-    up, down = mesh * np.arange(above + 1.0), mesh * np.arange(-below, 1.0)
-    return connect(swapped_curve(step, up), _mirrored(step, down), mesh)
+    return discretised(lambda x: swapped_curve(step, x), lambda x: _mirrored(step, x), mesh, ends)
 
 
 def swapped_reach(step: Step, mass: float) -> tuple[float, float]:
     """Find the losses (low, high) outside of which the curve and its excess are at most `mass`."""
-    high = crossing(lambda x: swapped_curve(step, x), mass, 1)
-    low = crossing(lambda x: _mirrored(step, -x), mass, 1)
-    return -float(low[0]), float(high[0])
+    return outside(lambda x: swapped_curve(step, x), lambda x: _mirrored(step, x), mass)
 
 
 def swapped_directions(steps: Sequence[Step]) -> list[list[Part]]:
