@@ -13,30 +13,33 @@ from torch import Tensor, nn
 
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
-from clipping.costs import DEFAULT
+from clipping.gradients.path_costs import DEFAULT
 from clipping.loss_checks import LossChecks, LossReport
-from dpopt import unchanged
-from dpopt.account import Account
-from dpopt.arguments import model_inputs, one_loss, only_estimator
-from dpopt.budget import Budget, require_small_delta
-from dpopt.configuration import accountant_of, configuration
-from dpopt.differences import add_difference
+from clipping.step.step_sum import StepSum
+from clipping.step.two_points import add_difference
+from clipping.validators.examine import model_inputs
+from dpopt.budget.account import Account
+from dpopt.budget.budget import Budget, require_small_delta
+from dpopt.budget.declaration import accountant_of, configuration
+from dpopt.budget.filtered import AdaptiveBudget, FilteredPayments
+from dpopt.budget.ledger_files import SharedLedger
+from dpopt.budget.payments import Payments, require_variable
+from dpopt.budget.prices import Prices, prices, require_priced
+from dpopt.budget.rounds import Draw
 from dpopt.estimators.estimator import Estimator
-from dpopt.estimators.prices import Prices, prices, require_priced
-from dpopt.estimators.releases import mechanism_of, release, scaled
-from dpopt.filtered import AdaptiveBudget, FilteredPayments
-from dpopt.gradients import times, write_gradients
-from dpopt.ledgers import SharedLedger
+from dpopt.estimators.plain import only_estimator
+from dpopt.estimators.step_mechanism import mechanism_of, scaled
+from dpopt.guards import unchanged
+from dpopt.guards.model_hooks import Watch
+from dpopt.guards.open_runs import refuse_open
+from dpopt.losses import one_loss
 from dpopt.mechanisms import GaussianMechanism, Mechanism
-from dpopt.open_runs import refuse_open
-from dpopt.payments import Payments, require_variable
-from dpopt.rounds import Draw
-from dpopt.samplers import population
-from dpopt.sampling import Batch, Records, Sampling
-from dpopt.step import StepSum
-from dpopt.tiers import Tier, fresh_tier
-from dpopt.users import require_users, unit_of
-from dpopt.watch import Watch
+from dpopt.release.randomness_tiers import Tier, fresh_tier
+from dpopt.release.release import release
+from dpopt.release.write_gradients import times, write_gradients
+from dpopt.sampling.registry import population
+from dpopt.sampling.sampler import Batch, Records, Sampling
+from dpopt.sampling.users import require_users, unit_of
 
 
 class PrivateTraining:
@@ -48,7 +51,7 @@ class PrivateTraining:
     A run that continues a ledger is refused under another configuration than that of the last, unless
     `new_configuration` says that it is meant. `accountant_name` is one of `accountants.registry` (default: that of the
     ledger's last run, else "pld").
-    `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
+    `randomness` is "fast" or "secure" (`dpopt.release.randomness_tiers`); `insecure_seed` makes a run repeatable and *not private*.
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided
     by a number that depends on the batch, such as its token count. `mean_losses` is for callers that send back the

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from clipping.compiled import untraced
-from clipping.entrance import ENTRANCE
 from clipping.errors import MixesExamples
-from clipping.loss_checks.arithmetic import as_count, scaled
 from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
-from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.loss_report import LossReport
+from clipping.loss_checks.operations.arithmetic import as_count, scaled
+from clipping.loss_checks.operations.layout import Layout
+from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.provenance import Provenance
-from clipping.loss_checks.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
 from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
-from clipping.rules.generic import batch_dim_of
-from clipping.tape import Tape
+from clipping.modules.generic_rule import batch_dim_of
+from clipping.recording.before_backward import ENTRANCE
+from clipping.recording.tape import Tape
+from clipping.recording.torch_compile import untraced
 
 _KEPT = 1024
 

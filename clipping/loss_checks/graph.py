@@ -10,8 +10,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from clipping.loss_checks.layout import Shape
-from clipping.loss_checks.state import Facts, Operation, Rows, State, Total, Unproven, attribute_of, ruled
+from clipping.loss_checks.operations.layout import Shape
+from clipping.loss_checks.operations.state import (
+    Facts,
+    Operation,
+    Rows,
+    State,
+    Total,
+    Unproven,
+    attribute_of,
+    ruled,
+)
 from clipping.loss_checks.trail import Inner, Kind, Node, Place, Trail, saved
 
 Lookup = Callable[[Tensor, int], State]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from clipping.loss_checks.arithmetic import elementwise
 from clipping.loss_checks.batch import handed_out
-from clipping.loss_checks.rules import rule_of
-from clipping.loss_checks.state import Facts, Operation, Rows, State, Unproven, ruled
-from clipping.loss_checks.trial import Call, tried
+from clipping.loss_checks.operations.arithmetic import elementwise
+from clipping.loss_checks.operations.registry import rule_of
+from clipping.loss_checks.operations.state import Facts, Operation, Rows, State, Unproven, ruled
+from clipping.loss_checks.operations.unknown import Call, tried
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from clipping.loss_checks.layout import Layout
-from clipping.loss_checks.rules import rule_of
-from clipping.loss_checks.state import Rule, attribute_of, away
-from clipping.tap import Tap
+from clipping.loss_checks.operations.layout import Layout
+from clipping.loss_checks.operations.registry import rule_of
+from clipping.loss_checks.operations.state import Rule, attribute_of, away
+from clipping.recording.tap import Tap
 
 Node = Any
 """A node of torch's graph."""

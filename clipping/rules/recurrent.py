@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from clipping.grads import SampleGrads, widen
-from clipping.packed import padded
-from clipping.rules.gates import BACKWARD, Cell, Run, collect
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import widen
+from clipping.rules.packed_sequences import padded
+from clipping.rules.recurrent_gates import BACKWARD, Cell, Run, collect
 from clipping.rules.registry import Inputs, batch_first, rule
 
 State = tuple[Tensor, ...]
@@ -44,7 +45,9 @@ def layer_batch_dims(layer: nn.Module, inputs: Inputs, outputs: Sequence[Tensor]
     """
     assert isinstance(layer, nn.RNNBase)
     given = inputs.named(layer)["input"]
-    packed = isinstance(given, PackedSequence)  # its gradients come as (T, B, P): see clipping.packed
+    packed = isinstance(
+        given, PackedSequence
+    )  # its gradients come as (T, B, P): see clipping.rules.packed_sequences
     if not packed and (not isinstance(given, Tensor) or given.dim() != 3):
         shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(

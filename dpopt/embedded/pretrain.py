@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpopt.embedded import MODEL_PATH, private_records
+from dpopt.embedded import MODEL_PATH
 from dpopt.embedded.docstrings import Fingerprints
 from dpopt.embedded.public import FINGERPRINTS_FILE, Document, public_documents
+from dpopt.embedded.records import private_records
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 RECORD_TOKENS = 128

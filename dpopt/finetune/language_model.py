@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpopt.durable import whole_folder
+from dpopt.atomic_files import whole_folder
+from dpopt.finetune.record_files import InputError, TextRecord
 from dpopt.losses import IGNORED
-from dpopt.records import InputError, TextRecord
 
 
 class Tokens(NamedTuple):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from accountants import Event, Gaussian
 from clipping import ClippedSum
-from dpopt import normals, philox
-from dpopt.budget import check_real
-from dpopt.cryptographic import CipherKey
+from dpopt.public_numbers import check_real
+from dpopt.randomness import normals, philox
+from dpopt.randomness.cipher import CipherKey
 
 NoiseSource = Callable[[str, torch.device], torch.Generator | CipherKey]
 """(parameter name, device) -> a generator, or the key of a cipher's stream, that no other query uses."""

@@ -22,7 +22,7 @@ def counted(*options):
 def test_the_path_of_a_step_is_no_longer_than_it_was(tmp_path):
     file = tmp_path / "path.json"
     out = counted("--write", file, "--files")
-    assert "| dpopt |" in out and "dpopt/step.py" in out
+    assert "| dpopt |" in out and "clipping/step/step_sum.py" in out
     rows = [line.split("|")[1:5] for line in counted("--against", file).splitlines()]
     found = {name.strip(): tuple(map(int, counts)) for name, *counts in rows[2:]}
     assert found["dpopt"][1:] == found["dpopt, before"][1:]  # counts, not times
