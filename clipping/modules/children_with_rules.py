@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from clipping.errors import UnrecordedParameter
-from clipping.reruns.nested_values import flatten, unflatten
+from clipping.reruns.nested_values import flatten, is_floating, unflatten
 from clipping.reruns.random_state import Sources
-from clipping.reruns.reruns import ChildCall, is_floating
+from clipping.reruns.reruns import ChildCall
 
 
 class Arrivals:

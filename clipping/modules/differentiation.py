@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from clipping.modules.generic_rule import batch_dim_of
 from clipping.reruns.module_state import Held
+from clipping.reruns.nested_values import is_floating
 from clipping.reruns.one_example import BatchDims, Engine
 from clipping.reruns.random_state import Sources
-from clipping.reruns.reruns import ChildCall, Place, is_floating
+from clipping.reruns.reruns import ChildCall, Place
 
 MOST_DOUBTED = 5
 """Inputs for which it is tried whether all examples share them."""

@@ -20,10 +20,11 @@ from clipping.gradients.sample_grads import SampleGrads
 from clipping.modules.output_fingerprints import alike, fingerprint, tolerance_of
 from clipping.reruns.checkpointing import unpacked
 from clipping.reruns.draws import Draw, TakingDown, Unreplayable
+from clipping.reruns.nested_values import is_floating
 from clipping.reruns.one_example import LOOP, VMAP, Batch, BatchDims, Engine, Found, backward
-from clipping.reruns.reruns import Rerun, Strayed, is_floating
+from clipping.reruns.reruns import Rerun, Strayed
 
-__all__ = ["BatchDims", "agree", "batch_dim_of", "generic", "is_floating", "taken_down"]
+__all__ = ["BatchDims", "agree", "batch_dim_of", "generic", "taken_down"]
 
 
 def batch_dim_of(value: object, num_examples: int, batch_dim: int) -> int | None:

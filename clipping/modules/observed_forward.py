@@ -17,17 +17,9 @@ from clipping.modules.children_with_rules import Arrivals, OwnRun
 from clipping.modules.layers import Layer
 from clipping.reruns.checkpointing import without_checkpoints
 from clipping.reruns.module_state import Held, ModuleState, copied, held_tensors
-from clipping.reruns.nested_values import Structure, flatten, unflatten
+from clipping.reruns.nested_values import Structure, flatten, floating_leaves, is_floating, unflatten
 from clipping.reruns.random_state import Sources
-from clipping.reruns.reruns import (
-    Moment,
-    Place,
-    Rerun,
-    floating_leaves,
-    hooked,
-    is_floating,
-    place_parameters,
-)
+from clipping.reruns.reruns import Moment, Place, Rerun, hooked, place_parameters
 
 Serves = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], object], bool]
 """(recorded layer, arguments, outputs): whether it sees the batch, one row for each example."""

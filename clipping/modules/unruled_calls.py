@@ -23,10 +23,10 @@ from clipping.modules.layers import Layer
 from clipping.modules.observed_forward import Expanded, Serves, Subject
 from clipping.reruns.draws import Unreplayable
 from clipping.reruns.module_state import ModuleState, copied
-from clipping.reruns.nested_values import Structure, flatten, unflatten
+from clipping.reruns.nested_values import Structure, flatten, floating_leaves, unflatten
 from clipping.reruns.one_example import Batch, BatchDims
 from clipping.reruns.random_state import RandomState, Sources
-from clipping.reruns.reruns import ChildCall, Moment, Place, Rerun, Strayed, floating_leaves
+from clipping.reruns.reruns import ChildCall, Moment, Place, Rerun, Strayed
 from clipping.rules.dropouts import draws_masks, layer_batch_dim
 
 

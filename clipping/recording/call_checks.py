@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clipping.reruns.nested_values import is_floating
 from clipping.rules.packed_sequences import packed_input
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from clipping.modules.generic_rule import is_floating
 from clipping.modules.layers import Layer
 from clipping.reruns.nested_values import flatten
 from clipping.rules.dropouts import draws_masks, layer_batch_dim

@@ -29,7 +29,7 @@ from clipping.errors import UnrecordedParameter
 from clipping.gradients.joined_rows import RowMap
 from clipping.gradients.sample_grads import SampleGrads
 from clipping.modules.detached_forward import Frames
-from clipping.modules.generic_rule import BatchDims, is_floating
+from clipping.modules.generic_rule import BatchDims
 from clipping.modules.layers import Layer, entries, recorded_layers, understood
 from clipping.modules.replay import Origin, Turns
 from clipping.modules.unruled_calls import Begun, Kept, Ran, Unruled, refuse_otherwise
@@ -47,7 +47,7 @@ from clipping.recording.row_attribution import Attribution, regrouped, rows_of
 from clipping.recording.row_graph import losses_below
 from clipping.recording.tap import Autocast, Call, Point, Refusal, Tap, refuse_taped
 from clipping.recording.torch_compile import HOOK_GUARDS, untraced
-from clipping.reruns.nested_values import flatten, unflatten
+from clipping.reruns.nested_values import flatten, is_floating, unflatten
 from clipping.rounding.exact_products import exact_products
 from clipping.rules.dropouts import draws_masks
 from clipping.rules.packed_sequences import packed_input, padded_gradients

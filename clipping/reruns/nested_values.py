@@ -72,3 +72,13 @@ def _built(supply: Iterator[object], structure: Structure) -> object:
             object.__setattr__(made, name, field)  # frozen ones too
         found.append(made)
     return pytree.tree_unflatten(found, structure.spec)
+
+
+def floating_leaves(value: object) -> list[Tensor]:
+    """The tensors of `value` through which gradients can flow."""
+    return [x for x in flatten(value)[0] if is_floating(x)]  # pyright: ignore[reportReturnType]
+
+
+def is_floating(value: object) -> bool:
+    """Whether `value` is a tensor through which gradients can flow."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipping.reruns.checkpointing import without_checkpoints
 from clipping.reruns.module_state import Held, ModuleState
-from clipping.reruns.nested_values import Structure, flatten, unflatten
+from clipping.reruns.nested_values import Structure, floating_leaves, unflatten
 from clipping.reruns.random_state import RandomState, Sources
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -135,16 +135,6 @@ Run = Callable[[Sequence[object], Mapping[str, Tensor]], list[Tensor]]
 def _given(leaves: Sequence[object], structure: Structure) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = unflatten(leaves, structure)  # pyright: ignore[reportGeneralTypeIssues]
     return args, kwargs
-
-
-def floating_leaves(value: object) -> list[Tensor]:
-    """The tensors of `value` through which gradients can flow."""
-    return [x for x in flatten(value)[0] if is_floating(x)]  # pyright: ignore[reportReturnType]
-
-
-def is_floating(value: object) -> bool:
-    """Whether `value` is a tensor through which gradients can flow."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

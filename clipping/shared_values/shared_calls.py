@@ -24,8 +24,8 @@ from clipping.gradients.dense import Dense
 from clipping.gradients.joined_rows import BLOCKS, RowMap, joined
 from clipping.gradients.sample_grads import SampleGrads
 from clipping.gradients.sum import add
-from clipping.modules.generic_rule import is_floating
 from clipping.modules.layers import Layer, understood
+from clipping.reruns.nested_values import is_floating
 from clipping.rounding.exact_products import exact_products
 from clipping.rounding.norms import CHUNK_ELEMENTS
 from clipping.rules.registry import Inputs

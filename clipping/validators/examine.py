@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from clipping.errors import MixesExamples
 from clipping.gradients.sample_grads import SampleGrads
-from clipping.modules.generic_rule import agree, batch_dim_of, is_floating
+from clipping.modules.generic_rule import agree, batch_dim_of
 from clipping.recording.tape import Tape
+from clipping.reruns.nested_values import is_floating
 from clipping.rules.registry import Inputs
 
 _BATCH_NORM = (
