@@ -2,7 +2,7 @@
 """A thousand seeded faults in real training runs: what each kind cost, and what the ledger costs for each step.
 
 python -m benchmarks.faults                             # 1,000 faults, a table, and how long charges take
-python -m benchmarks.faults --write benchmarks/faults_amd-epyc_2026-11-21    # .md and .json
+python -m benchmarks.faults --write benchmarks/results/faults_amd-epyc_2026-11-21    # .md and .json
 """
 
 from __future__ import annotations
