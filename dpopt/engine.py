@@ -31,17 +31,14 @@ from dpopt.budget.calibrated_noise import Standing
 from dpopt.budget.declaration import accountant_of
 from dpopt.budget.ledger_files import SharedLedger
 from dpopt.compatibility.adaptive_clipping import AdaptiveClipping
-from dpopt.compatibility.closures import check_steps
 from dpopt.compatibility.opacus_accountants import LedgerAccountant, check_orders, refuse_gdp
 from dpopt.compatibility.opacus_arguments import (
-    ScalerMark,
-    check_optimizer,
     check_switches,
     criterion_of,
     refusing_token_labels,
 )
 from dpopt.compatibility.opacus_weights import accept_prefix
-from dpopt.compatibility.optimizer_steps import OptimizerStep
+from dpopt.compatibility.optimizer_steps import OptimizerStep, ScalerMark, check_optimizer, check_steps
 from dpopt.compatibility.poisson_loader import check_records
 from dpopt.compatibility.private_optimizer import Attached
 from dpopt.compatibility.run_request import Request

@@ -23,14 +23,12 @@ from dpopt.budget.budget import Budget, require_small_delta
 from dpopt.budget.declaration import accountant_of, configuration
 from dpopt.budget.filtered import AdaptiveBudget, FilteredPayments
 from dpopt.budget.ledger_files import SharedLedger
-from dpopt.budget.payments import Payments, require_variable
-from dpopt.budget.prices import Prices, prices, require_priced
-from dpopt.budget.rounds import Draw
+from dpopt.budget.payments import Draw, Payments, require_variable
+from dpopt.budget.prices import Priced, Prices, prices, require_priced
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.plain import only_estimator
 from dpopt.estimators.step_mechanism import mechanism_of, scaled
-from dpopt.guards import unchanged
-from dpopt.guards.model_hooks import Watch
+from dpopt.guards.model_watch import Watch, refuse_distributed, require_open
 from dpopt.guards.open_runs import refuse_open
 from dpopt.losses import one_loss
 from dpopt.mechanisms import GaussianMechanism, Mechanism
@@ -101,7 +99,7 @@ class PrivateTraining:
         insecure_seed: int | None = None,
         new_configuration: bool = False,
     ) -> None:
-        unchanged.refuse_distributed()
+        refuse_distributed()
         if budget is not None:
             require_small_delta(budget, population(sampling))
         examine(model, model_inputs(example_inputs, model), batch_dim=batch_dim)
@@ -134,6 +132,8 @@ class PrivateTraining:
             costs=costs,
         )
         self._begun: int | None = None
+        self._priced: Priced | None = None
+        self._payments: Payments | FilteredPayments | None = None
         self._drawn_by = sampling
         self._randomness = randomness
         self._tier = self._new_tier()
@@ -165,7 +165,7 @@ class PrivateTraining:
         except BaseException:
             self._account.give_up(ledger)
             raise
-        self._open = True
+        self._open, self._payments = True, self._account.payments
         self._account.tell()
         return self
 
@@ -200,16 +200,20 @@ class PrivateTraining:
     @property
     def payments(self) -> Payments | FilteredPayments:
         """The rounds of this run, and what was paid for them."""
-        return self._account.payments
+        return self._account.payments if self._payments is None else self._payments
 
     @property
     def event(self) -> Event:
         """What the next charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
-        return self._prices.at(self.payments.number(self._begun) if self._account.was_open else 0)
+        return self._prices.at(0 if self._payments is None else self._payments.number(self._begun))
 
     @property
     def _prices(self) -> Prices:
-        return prices(self.estimator, self.sampling, self.mechanism)
+        """What the charges cost, from the parts that run now: asked again where one was exchanged, or can change."""
+        parts = (self.estimator, self.sampling, self.mechanism)
+        if self._priced is None or any(a is not b for a, b in zip(parts, self._priced.parts, strict=True)):
+            self._priced = Priced.of(*parts)
+        return self._priced.prices if self._priced.fixed else prices(*parts)
 
     def bound(self, delta: float) -> Bound:
         """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
@@ -226,7 +230,7 @@ class PrivateTraining:
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
-        unchanged.require_open(self._open)
+        require_open(self._open)
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
@@ -352,7 +356,7 @@ class PrivateTraining:
                 criterion(model(public_inputs), public_labels).backward()
                 optimizer.step()
         """
-        unchanged.require_open(self._open)
+        require_open(self._open)
         self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
         with self._watch.public_examples():
             yield
@@ -369,7 +373,7 @@ class PrivateTraining:
             step.tape,
             mean=step.sums.mean,
             whole=getattr(self.sampling, "sampling_rate", 0) == 1,
-            ready=lambda: step.num_drawn is not None and step.probing.chosen is None,
+            ready=step.expects_losses,
         ).attach()
 
     def explain(self) -> str:
@@ -452,7 +456,7 @@ class PrivateTraining:
         self._tier.check(mechanism_of(self.estimator, self.mechanism, 0), self.sampling, bounds, sizes)
 
     def _check_release(self) -> int:
-        if self.sum.num_drawn is None or self._begun is None:
+        if self.sum.admission.num_drawn is None or self._begun is None:
             raise RuntimeError(
                 "expected a batch drawn since the last release; got none; take one from batches(...) first"
             )

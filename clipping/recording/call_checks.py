@@ -6,14 +6,6 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from clipping.reruns.nested_values import is_floating
-from clipping.rules.packed_sequences import packed_input
-
-if TYPE_CHECKING:
-    from clipping.modules.layers import Layer
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clipping.modules.layers import Layer
-from clipping.reruns.nested_values import flatten
+from clipping.reruns.nested_values import flatten, is_floating
 from clipping.rules.dropouts import draws_masks, layer_batch_dim
+from clipping.rules.packed_sequences import packed_input
 from clipping.rules.registry import Inputs
 
 

@@ -101,9 +101,12 @@ class Tape:
         self._root_dims = 0
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
-        self._rerunning = False
-        self._paused = False
-        self._aside = False
+        self.is_rerunning = False
+        """Whether a module without a rule runs again now, which is no use of it."""
+        self.is_paused = False
+        """Whether calls are not recorded now: in `paused`, or in `set_aside`."""
+        self.is_aside = False
+        """Whether the model runs as if no tape were there."""
         self.turns = Turns()
         self._origin: Origin | None = None
         self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
@@ -131,7 +134,7 @@ class Tape:
             self._hooks.append(module.register_forward_pre_hook(root, with_kwargs=True, prepend=True))
             self._hooks.append(module.register_forward_hook(left, always_call=True))
         for name, parameter in self.parameters.items():
-            self._hooks.append(parameter.register_hook(Refusal(name, lambda: not self._aside)))
+            self._hooks.append(parameter.register_hook(Refusal(name, lambda: not self.is_aside)))
         HOOK_GUARDS.enter()
         return self
 
@@ -149,44 +152,31 @@ class Tape:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the model on its parameters as constants: gradients reach its inputs, and nothing is recorded."""
-        if self._paused or self._aside:
-            raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
-        self._paused = True
+        self._require_recording()
+        self.is_paused = True
         try:
             yield
         finally:
-            self._paused = False
+            self.is_paused = False
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Run the model as if no tape were there: nothing is recorded, and autograd writes its parameters' gradients."""
-        if self._paused or self._aside:
-            raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
-        self._aside = True
+        self._require_recording()
+        self.is_paused = self.is_aside = True
         try:
             yield
         finally:
-            self._aside = False
+            self.is_paused = self.is_aside = False
+
+    def _require_recording(self) -> None:
+        if self.is_paused:
+            raise RuntimeError("expected a tape that records; got one paused already; leave that block first")
 
     @property
     def anchor(self) -> Tensor:
         """Stands for all parameters in `backward(inputs=...)`, which otherwise records nothing."""
         return self._anchor
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether calls are not recorded now."""
-        return self._paused or self._aside
-
-    @property
-    def is_aside(self) -> bool:
-        """Whether the model runs as if no tape were there."""
-        return self._aside
-
-    @property
-    def is_rerunning(self) -> bool:
-        """Whether a module without a rule runs again now, which is no use of it."""
-        return self._rerunning
 
     @property
     def num_examples_seen(self) -> int | None:
@@ -243,7 +233,7 @@ class Tape:
 
     def _before_root(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         name = self._entries.get(module)
-        if name is None or self._rerunning or self._aside or not torch.is_grad_enabled():
+        if name is None or self.is_rerunning or self.is_aside or not torch.is_grad_enabled():
             return  # none of ours: a copy of the model, say
         recomputed = torch._C._current_graph_task_id() != -1  # a checkpoint in the middle of a backward
         if module is not self.model and (recomputed or self._entry not in (None, module)):
@@ -262,7 +252,7 @@ class Tape:
         self._root_dims = 0 if first is None else first.dim()
         self._entry = module
         self._origin = self.turns.origin()
-        if self._batch_hint is not None and self.batch_dim == 0 and not self._paused:
+        if self._batch_hint is not None and self.batch_dim == 0 and not self.is_paused:
             self._shares.begin(name, self._batch_hint, tensors, self._origin)
 
     def _register(self, meeting: Meeting) -> None:
@@ -271,12 +261,12 @@ class Tape:
             self._calls[name].add(meeting)
 
     def _after_root(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
-        if module is self._entry and not self._rerunning:
+        if module is self._entry and not self.is_rerunning:
             self._entry = self._origin = None
             self._shares.end()
 
     def _note(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if not self._aside:
+        if not self.is_aside:
             self._folds.note(block, args, kwargs)
 
     def _before(
@@ -286,18 +276,18 @@ class Tape:
         if layer is None or layer.module is not module:  # a copy of the model
             return None
         self._frames.require_one_thread()
-        if self._rerunning:
+        if self.is_rerunning:
             return None
-        recording = torch.is_grad_enabled() and not self._aside
+        recording = torch.is_grad_enabled() and not self.is_aside
         opening, begun = None, None
         if draws_masks(module):
             layer = layer._replace(rule=None)
-        if recording and layer.rule is None and not self._paused and not self._frames.explained(module):
+        if recording and layer.rule is None and not self.is_paused and not self._frames.explained(module):
             with self._shares.unfollowed():
                 begun = self._begun(layer, args, kwargs)
             opening = begun.opening
         with torch._C.DisableTorchFunction():  # what the tape does is no part of the forward that is followed
-            if not self._frames.begin(layer, recording, self.parameters, opening, begun) or self._paused:
+            if not self._frames.begin(layer, recording, self.parameters, opening, begun) or self.is_paused:
                 return None
             if layer.rule is not None and self._frames.own_run is not None:
                 return self._expanded(layer, args, kwargs)
@@ -321,20 +311,20 @@ class Tape:
     @contextmanager
     def _again(self) -> Iterator[None]:
         """Runs a module again: that is no use of it."""
-        known, self._rerunning = self._rerunning, True
+        known, self.is_rerunning = self.is_rerunning, True
         try:
             yield
         finally:
-            self._rerunning = known
+            self.is_rerunning = known
 
     def _enter_child(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        run = self._frames.own_run if id(module) in self._children and not self._rerunning else None
+        run = self._frames.own_run if id(module) in self._children and not self.is_rerunning else None
         return None if run is None else run.enter(module, args, kwargs)
 
     def _leave_child(self, module: nn.Module, args: tuple[object, ...], outputs: object) -> None:
-        run = self._frames.own_run if id(module) in self._children and not self._rerunning else None
+        run = self._frames.own_run if id(module) in self._children and not self.is_rerunning else None
         if run is not None:
             run.leave(module, outputs)
 
@@ -371,8 +361,8 @@ class Tape:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
         with torch._C.DisableTorchFunction():
-            ended = None if self._rerunning else self._frames.end(module)
-        if ended is None or outputs is None or self._paused:
+            ended = None if self.is_rerunning else self._frames.end(module)
+        if ended is None or outputs is None or self.is_paused:
             return None
         ran = None
         if isinstance(ended.begun, Begun):

@@ -61,7 +61,7 @@ class StepSum:
         self.hold = False
         self.num_part = 0
         self.blank = False
-        self.probing = Probing(self.tape, lambda: None if self.num_drawn is None else self.num_part)
+        self.probing = Probing(self.tape, lambda: None if self.admission.num_drawn is None else self.num_part)
         self.checks: LossChecks | None = None
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
@@ -93,6 +93,10 @@ class StepSum:
     def num_added(self) -> int:
         """How many of its examples have come."""
         return self.admission.num_added
+
+    def expects_losses(self) -> bool:
+        """Whether a backward now is of the examples of a step: not outside of one, and not the probe's."""
+        return self.admission.num_drawn is not None and self.probing.chosen is None
 
     def groups(self, contribution: Contribution) -> tuple[Group, ...]:
         """The released vectors of a step of `contribution`."""
@@ -131,7 +135,7 @@ class StepSum:
 
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
-        if self.num_drawn is not None and self.num_part and self.probing.chosen is None:
+        if self.admission.num_drawn is not None and self.num_part and self.probing.chosen is None:
             self.tape.attribute_below(roots, self.num_part)
 
     def after(self) -> None:

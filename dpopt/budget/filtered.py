@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from accountants import BudgetExhausted, Event, Filter, Ledger, Record, budget_filter
 from accountants.filter_rule import check_budget
 from accountants.nests import shown
+from dpopt.budget.payments import Rounds
 from dpopt.budget.prices import Prices
-from dpopt.budget.rounds import Rounds
 
 
 @dataclass(frozen=True, slots=True)

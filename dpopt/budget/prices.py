@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from accountants import ADD_REMOVE, REPLACE, ZERO_OUT, Accountant, Composed, Event, Repeated, UnpricedEvent
 from accountants.calibrate import num_charges
@@ -78,6 +79,21 @@ def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Pr
         return Prices(at, constant=False)
     first = at(0)
     return Prices(lambda charge: first, constant=True)
+
+
+class Priced(NamedTuple):
+    """Prices, and the parts of the run that they are of; `fixed` says that none of these can change within."""
+
+    parts: tuple[Estimator, Sampling, Mechanism]
+    prices: Prices
+    fixed: bool
+
+    @staticmethod
+    def of(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Priced:
+        """The prices of a run of these parts."""
+        parts = (estimator, sampling, mechanism)
+        kinds = [getattr(type(part), "__dataclass_params__", None) for part in parts]
+        return Priced(parts, prices(*parts), all(kind is not None and kind.frozen for kind in kinds))
 
 
 def require_priced(estimator: Estimator, relation: str) -> None:

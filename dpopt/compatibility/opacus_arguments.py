@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from clipping import Contribution, Tape, per_parameter
 from dpopt.compatibility.adaptive_clipping import NAME as ADAPTIVE
@@ -101,20 +100,6 @@ def estimator_of(clipping: str, run: Run, max_grad_norm: float | Sequence[float]
     return Plain(Contribution(per_parameter(run.model, list(max_grad_norm))))
 
 
-def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that would train parameters of another module, which get no noise."""
-    owned = {id(p) for p in module.parameters()}
-    foreign = sum(
-        id(p) not in owned for group in optimizer.param_groups for p in group["params"] if p.requires_grad
-    )
-    if foreign:
-        raise ValueError(
-            f"expected an optimizer over the module's own parameters; got {foreign} parameters of something else, "
-            "which would be trained without noise; make one module of all that is trained, nn.ModuleList([encoder, head]) "
-            "say, move it to its device, and build the optimizer from its parameters"
-        )
-
-
 def refuse_token_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: refuse `labels=` of tokens, for which transformers averages over the whole batch.
 
@@ -139,37 +124,3 @@ def refusing_token_labels(model: nn.Module, tape: Tape) -> Callable[..., None]:
             refuse_token_labels(module, args, kwargs)
 
     return hook
-
-
-class ScalerMark(NamedTuple):
-    """Makes a GradScaler show itself to `optimizer`'s step, which it would otherwise refuse in its own words."""
-
-    optimizer: Optimizer
-    known: bool | None
-
-    @staticmethod
-    def on(optimizer: Optimizer) -> ScalerMark:
-        """Mark."""
-        mark = ScalerMark(optimizer, vars(optimizer).get(_SCALES))
-        vars(optimizer)[_SCALES] = True
-        return mark
-
-    def remove(self) -> None:
-        """Put back what was there."""
-        if self.known is None:
-            vars(self.optimizer).pop(_SCALES, None)
-        else:
-            vars(self.optimizer)[_SCALES] = self.known
-
-
-_SCALES = "_step_supports_amp_scaling"
-
-
-def refuse_scaler(optimizer: Optimizer) -> None:
-    """Raise ValueError where a GradScaler called this step: it scaled the losses, which are clipped as they come."""
-    found = [name for name in ("grad_scale", "found_inf") if vars(optimizer).pop(name, None) is not None]
-    if found:
-        raise ValueError(
-            "expected losses as they are; got a GradScaler, whose scale would clip every example and whose search for "
-            "infinities would look at un-noised gradients; drop it, and use torch.autocast with torch.bfloat16"
-        )

@@ -16,7 +16,8 @@ from dpopt.budget.budget import Budget
 from dpopt.budget.calibrated_noise import Standing, least_noise, whole_steps
 from dpopt.compatibility.adaptive_clipping import NAME as ADAPTIVE
 from dpopt.compatibility.adaptive_clipping import AdaptiveClipping
-from dpopt.compatibility.opacus_arguments import check_optimizer, check_reduction, estimator_of, one_norm
+from dpopt.compatibility.opacus_arguments import check_reduction, estimator_of, one_norm
+from dpopt.compatibility.optimizer_steps import check_optimizer
 from dpopt.compatibility.poisson_loader import check_records
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.registry import Run

@@ -42,7 +42,12 @@ class StepOrder:
     def require(self, optimizer: Optimizer, closure: bool) -> None:
         """Raise RuntimeError where a drawn batch waits for its release, and `optimizer` has no gradient of it yet."""
         # A closure may release by itself; a part of a batch that is held releases nothing, whoever steps.
-        if optimizer is self.releasing or closure or self._step.num_drawn is None or self._step.hold:
+        if (
+            optimizer is self.releasing
+            or closure
+            or self._step.admission.num_drawn is None
+            or self._step.hold
+        ):
             return
         private = {id(parameter) for parameter in self._step.parameters.values()}
         held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in private]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accountants import Gaussian, PoissonSampled, Repeated, accountant
 from dpopt import Batch, Budget, BudgetExhausted, causal_lm_losses
-from dpopt.budget.rounds import Draw
+from dpopt.budget.payments import Draw
 from tests.support.dpopt.private_runs import (
     EVERYBODY,
     NOBODY,

@@ -22,7 +22,7 @@ from dpopt import (
     Budget,
     BudgetExhausted,
 )  # fmt: skip
-from dpopt.budget.rounds import Rounds
+from dpopt.budget.payments import Rounds
 from dpopt.sampling.registry import SAMPLERS
 from tests.support.dpopt.sampler_cases import CASES, NOISE, N, Numbers, data_of, records, release, run
 

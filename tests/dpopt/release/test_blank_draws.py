@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, default_collate
 
 from dpopt import BatchMemoryManager, PrivacyEngine
-from dpopt.budget.rounds import Draw
+from dpopt.budget.payments import Draw
 from dpopt.estimators import ESTIMATORS
 from tests.support.dpopt.private_runs import D, familiar, mlp
 
