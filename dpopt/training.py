@@ -241,9 +241,10 @@ class PrivateTraining:
 
         `records` are its indices, for estimators that remember each record.
         """
-        self.payments.rounds.require_open(number)
-        every = self.sampling.steps_per_charge > 1
-        stage = self.estimator.stage(self.steps if every else self.payments.number(number))
+        payments = self.payments
+        payments.rounds.require_open(number)
+        charge = payments.number(number)
+        stage = self.estimator.stage(self.steps if payments.rounds.length > 1 else charge)
         self.sum.begin(
             num_drawn,
             stage.contribution,
@@ -391,7 +392,9 @@ class PrivateTraining:
         stays paid for and nothing was released.
         """
         draw = self._check_release()
-        mechanism = mechanism_of(self.estimator, self.mechanism, self.payments.number(draw))
+        mechanism = self.mechanism
+        if self.estimator.allocation is not None or self.estimator.factors is not None:
+            mechanism = mechanism_of(self.estimator, mechanism, self.payments.number(draw))
         record = self.payments.pay(draw, self.steps + 1)
         self.steps += 1
         self.payments.rounds.close(draw)
@@ -399,10 +402,10 @@ class PrivateTraining:
             # The record's own number is the domain: whatever is tried again pays again, and gets other noise.
             size = self.sampling.expected_batch_size
             released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
-            write_gradients(self.sum.parameters, times(released.gradient, self._factor))
+            parameters = self.sum.tape.parameters
+            write_gradients(parameters, times(released.gradient, self._factor))
             told = released.stds if self._stage.direct else {}
-            names = self.sum.parameters
-            self.noise_stds = {name: std * self._factor for name, std in told.items() if name in names}
+            self.noise_stds = {name: std * self._factor for name, std in told.items() if name in parameters}
         finally:
             self.sum.end()
 

@@ -36,12 +36,11 @@ from typing import Self
 from accountants.events import Composed, Event, UnpricedEvent
 from accountants.filter_rule import Rule, declared_rule, refuse_late
 from accountants.formats.event_json import to_dict
-from accountants.ledger.appended_file import AppendedFile
 from accountants.ledger.spending import Spending
 from accountants.methods.rdp import RDP
 from accountants.records import FORMAT, Chain, Record, Scalar, check_header, event_of, following, to_line
 from accountants.relations import ADD_REMOVE, relation_named, require_charged_under
-from accountants.storage import LedgerCorrupt, open_locked
+from accountants.storage import AppendedFile, LedgerCorrupt, open_locked
 
 
 class Ledger:
@@ -56,13 +55,24 @@ class Ledger:
         - tamper evident: a changed byte is refused with its line number.
     """
 
-    __slots__ = ("_attempts", "_declared", "_file", "_hashes", "_header", "_last", "_mutex", "_spending")
+    __slots__ = (
+        "_attempts",
+        "_charged",
+        "_declared",
+        "_file",
+        "_hashes",
+        "_header",
+        "_last",
+        "_mutex",
+        "_spending",
+    )
 
     def __init__(self, file: AppendedFile, records: Iterable[Record]) -> None:
         self._file, self._mutex = file, threading.Lock()
         self._spending = Spending()
         self._attempts: list[Mapping[str, object]] = []
         self._declared: set[Event] = set()
+        self._charged: tuple[Event | None, Mapping[str, object]] = None, {}
         self._hashes: set[str] = set()
         for record in records:
             self._note_in_memory(record)
@@ -153,8 +163,12 @@ class Ledger:
             LedgerNotDurable: it could not be written; nothing may be released.
             UnpricedEvent: it was charged under another relation, is too deep a nest, or the filter has no price for it.
         """
-        require_charged_under(event, self.relation)
-        payload = {"event": to_dict(event), "context": dict(context or {})}
+        if (
+            event is not self._charged[0]
+        ):  # an event does not change: what was asked of the last one still holds
+            require_charged_under(event, self.relation)
+            self._charged = event, to_dict(event)
+        payload = {"event": self._charged[1], "context": dict(context or {})}
         return self._append("charge", payload, event)
 
     def attempt(self, config: Mapping[str, object], *, event: Event | None = None) -> Record:
@@ -265,9 +279,10 @@ class Ledger:
 
     def _write(self, kind: str, payload: Mapping[str, object], event: Event | None = None) -> Record:
         record = replace(following(self._last, kind, payload), event=event)
+        line = to_line(record)
         self._file.require_untouched()
         try:
-            self._file.append(to_line(record))
+            self._file.append(line)
         finally:
             # The bytes of a failed write may have reached the disk all the same: count them.
             self._note_in_memory(record)
@@ -277,7 +292,7 @@ class Ledger:
     def _note_in_memory(self, record: Record) -> None:
         self._last = record
         self._hashes.add(record.hash)
-        event = event_of(record)
+        event = event_of(record) if record.event is None else record.event
         if record.kind == "header":
             self._header = record
         elif record.kind == "charge" and event is not None:

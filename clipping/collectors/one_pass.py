@@ -153,6 +153,8 @@ def norms(grads: SampleGrads, space: Workspace) -> Norms:
     """`sq_norm`, and how much of it is rounding up."""
     if isinstance(grads, Outer):
         return grads.norms(space)
+    if isinstance(grads, Dense):
+        return Norms(grads.sq_norm())
     return Norms(grads.sq_norm(space)) if isinstance(grads, Shifted) else norms_of(grads)
 
 

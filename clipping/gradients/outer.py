@@ -109,7 +109,8 @@ class Outer:
         if num_positions == 0:
             return Norms(self._none().new_zeros(self.num_examples))
         if num_positions == 1:
-            left, right = (row_sq_norm(x.flatten(0, 1)).view(x.shape[:2]) for x in (self.left, self.right))
+            left, right = row_sq_norm(self.left.flatten(0, 1)), row_sq_norm(self.right.flatten(0, 1))
+            left, right = left.view(self.left.shape[:2]), right.view(self.right.shape[:2])
             return Norms(torch.where(underflows(left, right).any(1), torch.inf, (left * right).sum(1)))
         if num_positions * (num_out + num_in) <= num_out * num_in:
             return self._ghost_norms(space)
@@ -171,15 +172,14 @@ class Outer:
         self, weights: Tensor, into: Tensor | None = None, space: Workspace | None = None
     ) -> Tensor:
         """(*shape), as one matrix product per group over all examples and positions."""
-        if kernels.serves_total(self.left, self.right, into):
+        if self.left.is_cuda and kernels.serves_total(self.left, self.right, into):
             total = torch.zeros(self.shape, device=self.left.device) if into is None else into
             return kernels.weighted_sum(self.left, self.right, weights, total)
-        scale = weights.to(accumulator_dtype(self.left.dtype)).view(-1, 1, 1, 1)
-        space = Workspace() if space is None else space
-        if self.left.shape[-1] <= self.right.shape[-1]:
-            left, right = space.scaled(self.left, scale), widen(self.right)
-        else:
-            left, right = widen(self.left), space.scaled(self.right, scale)
+        scaled_left = self.left.shape[-1] <= self.right.shape[-1]
+        other = widen(self.right if scaled_left else self.left)
+        scale = weights.to(other.dtype).view(-1, 1, 1, 1)
+        scaled = (space or Workspace()).scaled(self.left if scaled_left else self.right, scale)
+        left, right = (scaled, other) if scaled_left else (other, scaled)
         length = left.shape[0] * left.shape[2]
         run = LONG if left.shape[2] > LONG else length
         if left.shape[1] == 1:

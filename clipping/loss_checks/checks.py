@@ -104,7 +104,8 @@ class LossChecks:
             self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
 
     def _stop_following(self) -> None:
-        self._provenance.stop()
+        if self._provenance.entered:
+            self._provenance.stop()
         while len(self._hooks) > 1:
             self._hooks.pop().remove()
 
@@ -188,7 +189,7 @@ class LossChecks:
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
-        if second_order or self._tape.is_paused or self._tape.is_asking or not self._ready():
+        if second_order or self._tape.is_paused or self._tape.attribution.asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
             # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
@@ -221,7 +222,8 @@ class LossChecks:
             found = trail(node, self._tape.batch_dim, self._order)
         except RuntimeError:  # its saved tensors are gone: torch says so in its own words
             return False
-        start = grad.item() if isinstance(grad, Tensor) and grad.numel() == 1 and not away(grad) else grad
+        known = isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu"
+        start = grad.item() if known else grad
         key = (found.steps, start, self._given)
         again = None if self._provenance.on or isinstance(start, Tensor) else self._passed.get(key)
         if again is None or not all([self._holds(found, *what) for what in again]):

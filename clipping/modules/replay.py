@@ -22,29 +22,22 @@ class Turns:
     """The origins of this turn, and the unit that each was clipped in; a unit is clipped once, by its norm."""
 
     def __init__(self) -> None:
-        self._turn = object()
+        self.turn: object = object()
+        """The one that runs: origins of another are of other examples."""
         self._units: WeakKeyDictionary[Origin, object] = WeakKeyDictionary()
 
     def renew(self) -> None:
         """Begin a turn: forward calls made before are of other examples."""
-        self._turn = object()
+        self.turn = object()
         self._units.clear()
 
     def forgive(self) -> None:
         """Forget what was clipped: the sum it went to was dropped."""
         self._units.clear()
 
-    def origin(self) -> Origin:
-        """That of a forward which begins now."""
-        return Origin(self._turn)
-
-    def is_current(self, origin: Origin) -> bool:
-        """Whether a forward ran in this turn."""
-        return origin.turn is self._turn
-
     def require(self, origin: Origin, unit: object | None) -> None:
         """Raise RuntimeError where `origin` cannot deliver to `unit`; None stands for one that adds nothing."""
-        if not self.is_current(origin):
+        if origin.turn is not self.turn:
             raise RuntimeError(
                 "expected losses of the batch drawn last; got a backward through a forward that ran before that batch "
                 "was drawn, whose examples this step does not account for, or before a public step, which moved the "

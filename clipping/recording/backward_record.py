@@ -46,17 +46,17 @@ class Record:
         self._checks: list[Callable[[], None]] = []
         # Not a bound method: a cycle would keep a failed backward's tensors until the collector of cycles runs.
         self._collector = begin(partial(idle, self._found, self._delivered, calls))
-
-    @property
-    def unit(self) -> object | None:
+        self.unit = self._collector.unit
         """What the examples of this backward are clipped with; None where nothing of it is added."""
-        return self._collector.unit
 
     def _exhausted(self, name: str) -> bool:
         return exhausted(self._delivered, self._calls[name])
 
     def take(self, point: Point, names: Iterable[str], grads: Mapping[str, SampleGrads]) -> None:
-        """Keep what `point` delivered of `names`, by parameter name; hand over the parameters that are whole."""
+        """Keep what `point` delivered of `names`, by parameter name; hand over the parameters that are whole.
+
+        To be called inside `exact_products`.
+        """
         self._delivered.add(point)
         for name, found in grads.items():
             known = self._found.get(name)
@@ -81,6 +81,5 @@ class Record:
             self._collector.complete(self.num_examples or 0)
 
     def _hand_over(self, names: list[str]) -> None:
-        with exact_products():
-            for name in names:
-                self._collector.ready(name, self._found.pop(name), self.num_examples or 0)
+        for name in names:
+            self._collector.ready(name, self._found.pop(name), self.num_examples or 0)

@@ -19,6 +19,9 @@ from clipping.rules.dropouts import draws_masks, layer_batch_dim
 from clipping.rules.packed_sequences import packed_input
 from clipping.rules.registry import Inputs
 
+LOW = (torch.bfloat16, torch.float16)
+"""What keeps too few bits for a number that all examples share."""
+
 
 def batch_first(inputs: Inputs, grad: Tensor, batch_dim: int) -> tuple[Inputs, Tensor]:
     """Inputs and output gradient with the batch in dimension 0."""
@@ -81,7 +84,7 @@ def refuse_rounded(name: str, grads: tuple[Tensor | None, ...], *, mean: bool) -
     One over the batch size has 8 bits there, and so has each product with it: how all examples are rounded depends on
     how many were drawn, which adds up to many clip norms in large batches.
     """
-    low = [g.dtype for g in grads if g is not None and g.dtype in (torch.bfloat16, torch.float16)]
+    low = [g.dtype for g in grads if g is not None and g.dtype in LOW]
     if mean and low:
         raise TypeError(
             f"expected the sum of the losses where gradients are {low[0]}, as in layer {name!r}; got their mean, whose "

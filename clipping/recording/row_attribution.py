@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,7 +27,6 @@ from torch import Tensor
 from clipping.errors import MixesExamples
 from clipping.gradients.joined_rows import BLOCKS, CYCLES, RowMap, joined
 from clipping.gradients.sample_grads import SampleGrads
-from clipping.modules.replay import Origin
 from clipping.recording.backward_record import Record
 from clipping.recording.row_graph import Found, walk
 from clipping.recording.row_questions import MIXED, Question
@@ -83,11 +82,8 @@ class Attribution:
         self._proven: set[tuple[Key, int]] = set()
         self._looked: Counter[Key] = Counter()
         self._question: Question | None = None
-
-    @property
-    def asking(self) -> bool:
-        """Whether a backward runs that only asks."""
-        return self._question is not None
+        self.asking = False
+        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
 
     def doubt(self) -> None:
         """Ask again at the next backward."""
@@ -103,16 +99,16 @@ class Attribution:
         if self._question is not None:
             self._question.see(points, grads)
 
-    def is_open(self, num_examples: int, current: Callable[[Origin], bool]) -> bool:
-        """Whether it is to be asked whose the rows of some point are."""
-        points = ((p, n) for p, n in self._rows.items() if current(p.origin) and p not in self.maps)
+    def is_open(self, num_examples: int, turn: object) -> bool:
+        """Whether it is to be asked whose the rows of some point of this `turn` are."""
+        points = ((p, n) for p, n in self._rows.items() if p.origin.turn is turn and p not in self.maps)
         return any(self._is_odd(p, n, num_examples) or self._is_new(p) for p, n in points)
 
-    def attribute(self, gates: Sequence[Any], num_examples: int, current: Callable[[Origin], bool]) -> None:
+    def attribute(self, gates: Sequence[Any], num_examples: int, turn: object) -> None:
         """Find the example of each row wherever rows are not the examples, and see that they are elsewhere.
 
         `gates` are tensors or edges of a graph whose first dimension holds the examples, the losses say. The graph stays
-        usable. `current` tells the forwards that they may come from. Where a point is new, or `doubt` was raised, all
+        usable. `turn` is that of the forwards that they may come from. Where a point is new, or `doubt` was raised, all
         are asked for.
 
         Guarantees
@@ -121,7 +117,7 @@ class Attribution:
         rows; rows that several losses reach raise MixesExamples
         (test_guarantee_each_row_is_clipped_with_the_example_that_it_reaches).
         """
-        if not num_examples or not self.is_open(num_examples, current):
+        if not num_examples or not self.is_open(num_examples, turn):
             return
         found = {p: place for p, place in walk(gates).items() if p in self._rows and p not in self.maps}
         whole = any(self._is_new(point) for point in found)
@@ -145,10 +141,11 @@ class Attribution:
     @contextmanager
     def _asked(self, asked: Mapping[Point, Found], gates: Sequence[Any], whole: bool) -> Iterator[Question]:
         self._question = Question(asked, gates, self._anchor if whole else None)
+        self.asking = True
         try:
             yield self._question
         finally:
-            self._question = None
+            self._question, self.asking = None, False
 
     def _is_new(self, point: Point) -> bool:
         return self._looked[_key(point)] < ENOUGH

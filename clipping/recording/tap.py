@@ -49,7 +49,8 @@ class Call:
 
     deliver: Deliver
     layer: Layer
-    structure: Structure
+    structure: Structure | None
+    """That of the arguments; None: one tensor."""
     constants: tuple[object, ...]
     dims: BatchDims | None
     autocast: Autocast

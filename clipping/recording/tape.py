@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -28,6 +28,7 @@ from clipping.collectors.collector import Begin
 from clipping.errors import UnrecordedParameter
 from clipping.gradients.joined_rows import RowMap
 from clipping.gradients.sample_grads import SampleGrads
+from clipping.modules.children_with_rules import Arrivals
 from clipping.modules.detached_forward import Frames
 from clipping.modules.generic_rule import BatchDims
 from clipping.modules.layers import Layer, entries, recorded_layers, understood
@@ -35,6 +36,7 @@ from clipping.modules.replay import Origin, Turns
 from clipping.modules.unruled_calls import Begun, Kept, Ran, Unruled, refuse_otherwise
 from clipping.recording.backward_record import Record
 from clipping.recording.call_checks import (
+    LOW,
     batch_first,
     only,
     refuse_opaque,
@@ -47,9 +49,9 @@ from clipping.recording.row_attribution import Attribution, regrouped, rows_of
 from clipping.recording.row_graph import losses_below
 from clipping.recording.tap import Autocast, Call, Point, Refusal, Tap, refuse_taped
 from clipping.recording.torch_compile import HOOK_GUARDS, untraced
-from clipping.reruns.nested_values import flatten, is_floating, unflatten
+from clipping.reruns.nested_values import Structure, flatten, unflatten
 from clipping.rounding.exact_products import exact_products
-from clipping.rules.dropouts import draws_masks
+from clipping.rules.dropouts import draws_masks, layer_batch_dim
 from clipping.rules.packed_sequences import packed_input, padded_gradients
 from clipping.rules.registry import Inputs
 from clipping.shared_values.example_free import Constants
@@ -58,6 +60,25 @@ from clipping.shared_values.shared_calls import SharedCall, gradients_at
 from clipping.shared_values.shared_values import Home, Shares
 
 _TENSOR = object()
+
+
+class _Returned(NamedTuple):
+    """What a call returned: the leaves, how they are put together (None: one tensor), and the floating-point ones.
+
+    `dims` tells where the batch is in these, None: where it is in all tensors.
+    """
+
+    leaves: Sequence[object]
+    structure: Structure | None
+    floating: list[Tensor]
+    dims: BatchDims | None
+
+    def with_floating(self, floating: Sequence[Tensor]) -> object:
+        """The outputs with others in the place of the floating-point ones."""
+        if self.structure is None:
+            return floating[0]
+        supply = iter(floating)
+        return unflatten([next(supply) if _is_floating(x) else x for x in self.leaves], self.structure)
 
 
 class Tape:
@@ -85,19 +106,21 @@ class Tape:
         self._begin = begin
         self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
         self._by_module = {id(layer.module): layer for layer in self.layers}
+        self._may_draw = {id(x.module) for x in self.layers if layer_batch_dim(x.module) is not None}
         self._anchor = torch.zeros((), requires_grad=True)
         known = {id(p): name for name, p in self.parameters.items()}
         self._valve = [False]
         self._shares = Shares(
             Home(known, Constants(model), self._anchor, self._register, self._arrive, set(), self._valve)
         )
-        self._attribution = Attribution(self._anchor)
+        self.attribution = Attribution(self._anchor)
         self._hooks: list[RemovableHandle] = []
         self._frames = Frames()
         self._unruled = Unruled(self.layers, self.parameters, batch_dim, self._serves, self._expanded_child)
         self._children: set[int] = set()
         self._folds = Folds(self.layers, batch_dim)
-        self._batch_hint: int | None = None
+        self.num_examples_seen: int | None = None
+        """The size of the batch that the model was called with last, None where it took no tensor."""
         self._root_dims = 0
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
@@ -178,21 +201,11 @@ class Tape:
         """Stands for all parameters in `backward(inputs=...)`, which otherwise records nothing."""
         return self._anchor
 
-    @property
-    def num_examples_seen(self) -> int | None:
-        """The size of the batch that the model was called with last, None where it took no tensor."""
-        return self._batch_hint
-
     def doubt(self) -> None:
         """Look again at what serves all examples, whose the rows are, and whether modules keep examples apart."""
         self._shares.doubt()
-        self._attribution.doubt()
+        self.attribution.doubt()
         self._unruled.doubt()
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
-        return self._attribution.asking
 
     def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find out whose the rows of layers are, where they are not the examples; see `clipping.recording.row_attribution`.
@@ -200,11 +213,11 @@ class Tape:
         `gates` are tensors, or edges of the graph, with the examples in dimension 0: the losses (B,).
         """
         if self.batch_dim == 0 and not self.is_paused:
-            self._attribution.attribute(gates, num_examples, self.turns.is_current)
+            self.attribution.attribute(gates, num_examples, self.turns.turn)
 
     def attribute_below(self, roots: Sequence[Any], num_examples: int) -> None:
         """`attribute`, where a backward of `roots` begins and the losses are those that it is the mean or sum of."""
-        if self.is_asking or not self._attribution.is_open(num_examples, self.turns.is_current):
+        if self.attribution.asking or not self.attribution.is_open(num_examples, self.turns.turn):
             return
         losses = losses_below(roots, num_examples)
         if losses is not None or num_examples == 1:
@@ -248,15 +261,15 @@ class Tape:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
         first = tensors[0] if tensors else None
         dim = self.batch_dim if first is not None and first.dim() > self.batch_dim else 0
-        self._batch_hint = None if first is None else first.shape[dim]
+        self.num_examples_seen = None if first is None else first.shape[dim]
         self._root_dims = 0 if first is None else first.dim()
         self._entry = module
-        self._origin = self.turns.origin()
-        if self._batch_hint is not None and self.batch_dim == 0 and not self.is_paused:
-            self._shares.begin(name, self._batch_hint, tensors, self._origin)
+        self._origin = Origin(self.turns.turn)
+        if self.num_examples_seen is not None and self.batch_dim == 0 and not self.is_paused:
+            self._shares.begin(name, self.num_examples_seen, tensors, self._origin)
 
     def _register(self, meeting: Meeting) -> None:
-        self._attribution.note(meeting, meeting.place.rows)
+        self.attribution.note(meeting, meeting.place.rows)
         for name in meeting.names:
             self._calls[name].add(meeting)
 
@@ -275,13 +288,14 @@ class Tape:
         layer = self._by_module.get(id(module))
         if layer is None or layer.module is not module:  # a copy of the model
             return None
-        self._frames.require_one_thread()
+        if id(module) in self._may_draw and draws_masks(module):
+            layer = layer._replace(rule=None)
+        if self.is_rerunning or layer.rule is None:  # else it is asked where the call begins
+            self._frames.require_one_thread()
         if self.is_rerunning:
             return None
         recording = torch.is_grad_enabled() and not self.is_aside
         opening, begun = None, None
-        if draws_masks(module):
-            layer = layer._replace(rule=None)
         if recording and layer.rule is None and not self.is_paused and not self._frames.explained(module):
             with self._shares.unfollowed():
                 begun = self._begun(layer, args, kwargs)
@@ -289,15 +303,16 @@ class Tape:
         with torch._C.DisableTorchFunction():  # what the tape does is no part of the forward that is followed
             if not self._frames.begin(layer, recording, self.parameters, opening, begun) or self.is_paused:
                 return None
-            if layer.rule is not None and self._frames.own_run is not None:
+            # Only where a module without a rule has handed calls to its children can this be one.
+            if layer.rule is not None and self._children and self._frames.own_run is not None:
                 return self._expanded(layer, args, kwargs)
-        if opening is None:
+        if opening is None and self._shares.forward is not None:
             self._shares.detached(layer)
         return None
 
     def _begun(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         in_backward = torch._C._current_graph_task_id() != -1
-        hint = self._batch_hint if self._entry is not None or in_backward else None
+        hint = self.num_examples_seen if self._entry is not None or in_backward else None
         with self._frames.occupied(layer), self._again():
             begun = self._unruled.begin(layer, args, kwargs, hint, self._anchor, now=not in_backward)
         for child in begun.manner.called:
@@ -337,7 +352,7 @@ class Tape:
     def _serves(self, module: nn.Module, args: Any, kwargs: Any, outputs: object) -> bool:
         """Whether a recorded layer below a module without a rule can be left to its own rule."""
         layer = self._by_module.get(id(module))
-        hint = self._batch_hint if self._entry is not None else None
+        hint = self.num_examples_seen if self._entry is not None else None
         return layer is None or sees_the_batch(layer, Inputs(args, kwargs), outputs, self.batch_dim, hint)
 
     def _expanded(
@@ -348,7 +363,7 @@ class Tape:
             return None
         # Outside the model's own forward nothing is known of the batch, but for recomputed checkpoints.
         known = self._entry is not None or torch._C._current_graph_task_id() != -1
-        hint, dim = self._batch_hint if known else None, self.batch_dim
+        hint, dim = self.num_examples_seen if known else None, self.batch_dim
         leaves, spec = pytree.tree_flatten((args, kwargs))
         first = Inputs(args, kwargs).first
         if hint is None or first.dim() < 2 or first.shape[dim] != 1:
@@ -371,62 +386,77 @@ class Tape:
         with torch._C.DisableTorchFunction():
             return self._tapped(ended.layer, Inputs(args, kwargs), outputs, ran)
 
-    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, ran: Ran | None) -> object:
-        refuse_packed(layer, inputs)
-        out_leaves, out_structure = flatten(outputs)
-        floating = [x for x in out_leaves if isinstance(x, Tensor) and is_floating(x)]
+    def _returned(
+        self, layer: Layer, inputs: Inputs, outputs: object, handed_out: Sequence[object], plain: bool
+    ) -> _Returned:
+        if plain:
+            leaves, structure = [outputs], None
+        else:
+            refuse_packed(layer, inputs)
+            leaves, structure = flatten(outputs)
+        floating = [x for x in leaves if isinstance(x, Tensor) and _is_floating(x)]
         detached, dims = [x.detach() for x in floating], None
         if layer.rule is not None and layer.rule.batch_dims is not None:
             dims = BatchDims((), layer.rule.batch_dims(layer.module, inputs, detached))
-        refuse_opaque(layer, out_leaves, () if ran is None else ran.handed_out)
-        if not floating:
+        if not plain:
+            refuse_opaque(layer, leaves, handed_out)
+        return _Returned(leaves, structure, floating, dims)
+
+    def _tapped(self, layer: Layer, inputs: Inputs, outputs: object, ran: Ran | None) -> object:
+        # One tensor in, one out: nothing to take apart.
+        plain = ran is None and type(outputs) is Tensor and _is_plain(inputs)
+        returned = self._returned(layer, inputs, outputs, () if ran is None else ran.handed_out, plain)
+        if not returned.floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        autocast = Autocast.of(floating[0].device.type)
+        autocast = Autocast.of(returned.floating[0].device.type)
         shared = None
         # The module's own parameters are followed by autograd, or a trial has shown one row for each example.
-        if ran is None or (ran.wait is None and self._batch_hint != 1 and not ran.kept.manner.is_batched):
-            shared = self._shares.handed_out(layer, inputs, floating, autocast, in_backward)
+        if ran is None or (
+            ran.wait is None and self.num_examples_seen != 1 and not ran.kept.manner.is_batched
+        ):
+            shared = self._shares.handed_out(layer, inputs, returned.floating, autocast, in_backward)
         if isinstance(shared, list):
-            supply = iter(shared)
-            return unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_structure)
-        in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
-        spread = None
+            return returned.with_floating(shared)
+        in_leaves, in_structure = [inputs.args[0]], None
+        if not plain:
+            in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
+        spread, floating = None, returned.floating
         if shared is not None:
             spread, floating, ran = floating[0].shape, [shared], None
         elif ran is not None:
             layer, in_leaves = ran.kept.recorded(layer), ran.leaves
-        fold = self._folds.of(layer, detached)
-        tensors = [x.detach() for x in in_leaves if isinstance(x, Tensor)]
-        constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves)
-        origin = self._origin or self.turns.origin()
         call = Call(
             self._deliver,
             layer,
             in_structure,
-            constants,
-            dims,
+            tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves),
+            returned.dims,
             autocast,
             in_backward,
-            fold,
-            origin,
+            None if layer.fold is None else self._folds.of(layer, returned.floating),
+            self._origin or Origin(self.turns.turn),
             ran and ran.kept,
             spread,
         )
-        if packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
-            self._attribution.note(call, self._rows_of(call, floating))
-        if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
-            for name in set(layer.names.values()):
+        if plain or packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
+            self.attribution.note(call, self._rows_of(call, floating))
+        tapped = self._tap(call, floating, in_leaves, None if ran is None else ran.wait)
+        return returned.with_floating(tapped)
+
+    def _tap(
+        self, call: Call, floating: Sequence[Tensor], leaves: Sequence[object], wait: Arrivals | None
+    ) -> Sequence[Tensor]:
+        """`floating`, through a tap that delivers `call` in the backward."""
+        if (
+            not call.in_backward
+        ):  # a recomputed checkpoint runs layers again, in a graph that no backward visits
+            for name in set(call.layer.names.values()):
                 self._calls[name].add(call)
-        tapped = Tap.apply(
-            call if ran is None or ran.wait is None else ran.wait.of(call),
-            self._anchor,
-            len(floating),
-            *floating,
-            *tensors,
-        )
-        supply = iter(tapped if isinstance(tapped, tuple) else (tapped,))
-        return unflatten([next(supply) if is_floating(x) else x for x in out_leaves], out_structure)
+        tensors = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        given = call if wait is None else wait.of(call)
+        tapped = Tap.apply(given, self._anchor, len(floating), *floating, *tensors)
+        return tapped if isinstance(tapped, tuple) else (tapped,)
 
     # -- backward ---------------------------------------------------------------------------------------
 
@@ -434,26 +464,27 @@ class Tape:
         return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
 
     def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if self.is_asking:
-            return self._attribution.see((call,), grads)
+        if self.attribution.asking:
+            return self.attribution.see((call,), grads)
         with self._lock:
             self._take(call, saved, grads)
 
     def _arrive(self, meetings: Sequence[Meeting], grad: Tensor, own: Callable[[], Sequence[Tensor]]) -> None:
         """Take the gradients, by rows, of values that serve all examples."""
-        if self.is_asking:
-            return self._attribution.see(meetings, (grad,))
+        if self.attribution.asking:
+            return self.attribution.see(meetings, (grad,))
         with self._lock:
             record = self._record(meetings[0].origin, meetings[0].names[0])
             refuse_rounded(meetings[0].names[0], (grad,), mean=self._mean)
             for meeting, mine in zip(meetings, own(), strict=True):
-                rows = self._attribution.rows(record, meeting, meeting.place.rows)
+                rows = self.attribution.rows(record, meeting, meeting.place.rows)
                 self._valve[0] = True
                 try:
                     found = gradients_at(meeting, mine, rows, self._again) if record.num_examples else {}
                 finally:
                     self._valve[0] = False
-                record.take(meeting, meeting.names, found)
+                with exact_products():
+                    record.take(meeting, meeting.names, found)
 
     def _record(self, origin: Origin, name: str) -> Record:
         """That of the running backward."""
@@ -479,28 +510,41 @@ class Tape:
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
             )
         record = self._record(call.origin, call.layer.name)
-        refuse_rounded(call.layer.name, grads, mean=self._mean)
+        if any(grad is not None and grad.dtype in LOW for grad in grads):
+            refuse_rounded(call.layer.name, grads, mean=self._mean)
         supply = iter(saved)
         leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
         names = call.layer.names
         if call.kept is not None:
             local = self._apply_generic(record, call, call.kept, leaves, grads)
-            found = {names[name]: value for name, value in local.items()}
-            record.take(call, names.values(), found)
+            with exact_products():
+                record.take(call, names.values(), {names[name]: value for name, value in local.items()})
             return
-        args, kwargs = unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
+        args, kwargs = (tuple(leaves), {}) if call.structure is None else unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
+        inputs = Inputs(args, kwargs)
+        # A layer that runs again must do so as it ran; a rule's products are exact.
+        again = call.spread is not None or call.dims is not None
+        found = self._found_again(record, call, inputs, grads) if again else {}
+        with exact_products():
+            if not again:
+                local = self._apply_rule(record, call, inputs, grads)
+                found = {names[name]: value for name, value in local.items()}
+            record.take(call, names.values(), found)
+
+    def _found_again(
+        self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
+    ) -> dict[str, SampleGrads]:
+        """By parameter name, where the layer runs again for it."""
         if call.spread is not None:
-            found = self._apply_spread(record, call, Inputs(args, kwargs), only(call.layer, grads))
-        else:
-            local = self._apply_rule(record, call, Inputs(args, kwargs), grads)
-            found = {names[name]: value for name, value in local.items()}
-        record.take(call, names.values(), found)
+            return self._apply_spread(record, call, inputs, only(call.layer, grads))
+        names = call.layer.names
+        return {names[n]: value for n, value in self._apply_rule(record, call, inputs, grads).items()}
 
     def _apply_spread(
         self, record: Record, call: Call, inputs: Inputs, grad: Tensor
     ) -> dict[str, SampleGrads]:
         assert call.spread is not None
-        rows = self._attribution.rows(record, call, grad.shape[0])
+        rows = self.attribution.rows(record, call, grad.shape[0])
         if not record.num_examples:
             return {}
         grad = grad if rows is None else rows.summed(grad)
@@ -513,11 +557,14 @@ class Tape:
         layer, dims = call.layer, call.dims
         if call.fold is not None:
             inputs, grads = call.fold.unfolded(inputs, grads)
-        grads = padded_gradients(inputs, grads)
+        if call.structure is not None:
+            grads = padded_gradients(inputs, grads)
         if dims is None:
-            inputs, grad = batch_first(inputs, only(layer, grads), self.batch_dim)
+            grad = grads[0] if len(grads) == 1 and grads[0] is not None else only(layer, grads)
+            if self.batch_dim:
+                inputs, grad = batch_first(inputs, grad, self.batch_dim)
             assert layer.rule is not None
-            rows = self._attribution.rows(record, call, grad.shape[0], grad.shape)
+            rows = self.attribution.rows(record, call, grad.shape[0], grad.shape)
             # An empty batch has no gradients, and rules could not tell its other dimensions.
             if not grad.shape[0]:
                 return {}
@@ -525,9 +572,9 @@ class Tape:
                 grad = grad.flatten(0, 1)
                 inputs = Inputs(*pytree.tree_map(rows.flat, (inputs.args, dict(inputs.kwargs))))
             num_rows = grad.shape[0]
-            with exact_products():
-                found = layer.rule.function(layer.module, inputs, grad)
-            return regrouped(understood(layer, found, num_rows), rows)
+            found = layer.rule.function(layer.module, inputs, grad)
+            found = understood(layer, found, num_rows)
+            return found if rows is None else regrouped(found, rows)
         num_rows, rows = self._rows(record, call, grads, dims.outputs)
         if not num_rows:
             return {}
@@ -539,7 +586,7 @@ class Tape:
     def _apply_generic(
         self, record: Record, call: Call, kept: Kept, leaves: list[object], grads: tuple[Tensor | None, ...]
     ) -> dict[str, SampleGrads]:
-        rows = self._attribution.rows(record, call, kept.num_examples)
+        rows = self.attribution.rows(record, call, kept.num_examples)
         if not kept.num_examples:
             return {}
         with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
@@ -557,5 +604,14 @@ class Tape:
         for grad, dim in zip(grads, dims, strict=True):
             if grad is not None:
                 num_rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
-                found = num_rows, self._attribution.rows(record, call, num_rows)
+                found = num_rows, self.attribution.rows(record, call, num_rows)
         return found
+
+
+def _is_plain(inputs: Inputs) -> bool:
+    """Whether a call has one argument, a tensor."""
+    return len(inputs.args) == 1 and not inputs.kwargs and type(inputs.args[0]) is Tensor
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

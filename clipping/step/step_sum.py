@@ -68,6 +68,7 @@ class StepSum:
         self._running = self.sums
         self._held: list[Held] | None = None
         self._pairs = False
+        self._groups: tuple[Contribution, tuple[Group, ...]] | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -100,7 +101,9 @@ class StepSum:
 
     def groups(self, contribution: Contribution) -> tuple[Group, ...]:
         """The released vectors of a step of `contribution`."""
-        return contribution.released(self.sums.groups)
+        if self._groups is None or self._groups[0] is not contribution:
+            self._groups = contribution, contribution.released(self.sums.groups)
+        return self._groups[1]
 
     def bounds_and_sizes(self) -> tuple[list[float], list[int]]:
         """The sensitivity of each group of released vectors, and how many numbers it holds."""
@@ -143,19 +146,22 @@ class StepSum:
 
     def discard(self) -> None:
         """Forget what was collected; nothing of it was released."""
-        self.sums.totals.clear()
+        self._forget()
         self.admission.discard()
-        if self.checks is not None:
-            self.checks.discard()
-        if self.contribution.forget is not None:
-            self.contribution.forget()
         self._held = None if self._held is None else []
         self._merging = None if self._merging is None else Merging()
         self.tape.turns.forgive()
 
+    def _forget(self) -> None:
+        self.sums.totals.clear()
+        if self.checks is not None:
+            self.checks.discard()
+        if self.sums.contribution.forget is not None:
+            self.sums.contribution.forget()
+
     def end(self) -> None:
         """Leave the step."""
-        self.discard()
+        self._forget()
         self.admission.end()
         self.hold = self.blank = False
         self._held = self._merging = None

@@ -76,7 +76,7 @@ class Watch:
         refuse_fork(self._pid)
         self._step.require_whole()
         self._step.admission.require_counted()
-        refuse_changed_parameters(self._step.parameters, self._model)
+        refuse_changed_parameters(self._step.tape.parameters, self._model)
         refuse_changed_buffers(self._buffers, self._model)
 
 

@@ -44,7 +44,8 @@ def add_normal(total: Tensor, std: float, key: CipherKey, divisor: float = 1.0) 
         return
     from dpopt.randomness.box_muller import add_pairs
 
-    stream, scale, factor = key.stream(), _float32_above(std), np.float32(1 / divisor)
+    scale, factor = _float32_above(std), np.float32(1 / divisor)
+    stream = key.stream()
     buffer = np.empty(PAIRS, dtype=np.int64)
     radius = np.empty(PAIRS, dtype=np.float32)
     for start in range(0, flat.size, 2 * PAIRS):

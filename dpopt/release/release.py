@@ -34,13 +34,16 @@ def release(
     their ratios (Dong, Roth, Su 2022, arXiv:1905.02383, corollary 3.3), and the draw is shared
     (test_guarantee_rounds_on_one_draw_cost_one_release).
     """
-    mechanism = scaled(mechanism, math.sqrt(stage.rounds))
+    if stage.rounds > 1:
+        mechanism = scaled(mechanism, math.sqrt(stage.rounds))
 
     def once(number: int, contribution: Contribution) -> Released:
         clipped = step.clipped(contribution)
         if stage.fold is not None:
             clipped = stage.fold(clipped, step.hidden())
         stds = noise_stds(mechanism, clipped, divisor)
+        if number == 0:
+            return Released(tier.release(mechanism, clipped, charge, divisor), stds)
         noisy = tier.release(mechanism, _numbered(clipped, number), charge, divisor)
         return Released({name.removeprefix(_mark(number)): v for name, v in noisy.items()}, stds)
 
@@ -73,4 +76,4 @@ def _numbered(clipped: ClippedSum, number: int) -> ClippedSum:
 
 
 def _mark(number: int) -> str:
-    return f"{number}{ROUND}" if number else ""
+    return f"{number}{ROUND}"

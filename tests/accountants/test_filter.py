@@ -209,7 +209,7 @@ def test_charges_are_durable_and_counted_again_after_resuming(tmp_path):
 
 
 def test_a_charge_that_failed_is_counted(tmp_path, monkeypatch):
-    from accountants.ledger import appended_file as module
+    from accountants import storage as module
 
     with Ledger.open(tmp_path / "ledger") as ledger:
         budget = FILTERS["R1"](ledger=ledger)

@@ -134,9 +134,13 @@ def away(value: Tensor) -> bool:
     return value.device.type != "cpu"
 
 
+SAVED = "_saved_"
+"""What the names of arguments begin with, where nodes of a graph keep them."""
+
+
 def attribute_of(name: str) -> str:
     """Under which name nodes keep argument `name` of their operation."""
-    return f"_saved_{name}"
+    return SAVED + name
 
 
 def unproven(operation: Operation, what: str, *, shown: bool = True, remedy: str = "") -> Unproven:

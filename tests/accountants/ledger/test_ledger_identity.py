@@ -19,7 +19,7 @@ from accountants import (
     read,
     verify,
 )
-from accountants.ledger import appended_file as appended_file
+from accountants import storage as appended_file
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 TOUCHED = r"must be left alone during a run; got it .*; release nothing, put a copy .* open the ledger again"

@@ -184,7 +184,7 @@ def test_guarantee_refusal_releases_nothing_when_the_model_changed():
 
 
 def test_guarantee_refusal_releases_nothing_when_the_disk_is_full(monkeypatch):
-    from accountants.ledger import appended_file as ledger_module
+    from accountants import storage as ledger_module
 
     def full(*_):
         raise OSError(28, "No space left on device")
