@@ -138,7 +138,7 @@ def explained(sums: Sums) -> str:
 
 def _total(squares: list[Tensor], num_examples: int) -> Tensor:
     if not squares:
-        return torch.zeros(num_examples)
+        return torch.zeros(num_examples, device="cpu")
     device = next((x.device for x in squares if x.device.type != "cpu"), squares[0].device)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in squares) else torch.float32
     return torch.stack([x.to(device, dtype) for x in squares]).sum(0)

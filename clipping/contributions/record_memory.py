@@ -82,7 +82,7 @@ class Memory:
                 f"expected records from 0 to {self.num_records - 1}; got one outside; make the estimator with the "
                 "number of records of the dataset"
             )
-        index = torch.tensor(records, dtype=torch.long)
+        index = torch.tensor(records, dtype=torch.long, device="cpu")
 
         def moved(name: str, grads: SampleGrads, scale: float) -> SampleGrads:
             rows = self._rows.get(name)

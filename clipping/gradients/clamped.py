@@ -121,5 +121,5 @@ class Clamped:
 def _below(bound: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` that is at most `bound`."""
     # Rounded to nearest, 0.1 becomes more than 0.1, and a sum of sensitivity 0.1 sqrt(d) would exceed it.
-    limit = torch.tensor(bound, dtype=dtype)
+    limit = torch.tensor(bound, dtype=dtype, device="cpu")
     return float(limit if float(limit) <= bound else limit.nextafter(torch.zeros_like(limit)))

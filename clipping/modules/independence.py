@@ -114,7 +114,10 @@ def _cotangents(seen: Observed, batch: Batch) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for out, dim in zip(seen.outputs, batch.dims.outputs, strict=False):
         made = torch.randn(
-            out.shape, generator=generator, dtype=torch.complex64 if out.is_complex() else torch.float32
+            out.shape,
+            generator=generator,
+            device="cpu",
+            dtype=torch.complex64 if out.is_complex() else torch.float32,
         )
         found.append(None if dim is None or not out.requires_grad else made.to(out))
     return found

@@ -43,7 +43,7 @@ class Question:
         (N,), or (N, L) where the point has tensors of three or more dimensions, the first two of which these are.
         """
         grads = [_sent_back(gate) for gate in self._gates]
-        numbers = torch.arange(num_examples)
+        numbers = torch.arange(num_examples, device="cpu")
         count = (num_examples - 1).bit_length()
         owners: dict[Point, Tensor] = {}
         times: dict[Point, Tensor] = {}

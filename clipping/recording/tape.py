@@ -107,7 +107,7 @@ class Tape:
         self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._may_draw = {id(x.module) for x in self.layers if layer_batch_dim(x.module) is not None}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, device="cpu")
         known = {id(p): name for name, p in self.parameters.items()}
         self._valve = [False]
         self._shares = Shares(

@@ -39,6 +39,16 @@ def widen(values: Tensor) -> Tensor:
     return values.to(accumulator_dtype(values.dtype))
 
 
+def as_multiplied(values: Tensor, grad: Tensor) -> Tensor:
+    """The input of a layer in the dtype in which the layer multiplied it, which is that of its output's gradient.
+
+    Under autocast a layer rounds a float32 input to half precision, and autograd's own gradient is made of what it
+    rounded. Factors of one dtype are also what the tensor cores of a device multiply exactly.
+    """
+    half = grad.dtype in (torch.bfloat16, torch.float16)
+    return values.to(grad.dtype) if half and values.dtype == torch.float32 else values
+
+
 def kept(values: Tensor, keep: Tensor) -> Tensor:
     """`values` (B, ...) with the rows where `keep` (B,) is False replaced by zeros."""
     # Zero times NaN is NaN, so a non-finite example is replaced, never multiplied by a zero weight.

@@ -73,7 +73,7 @@ class _Sequences(NamedTuple):
         """`values` (T, B, ...) of these sequences, each one's positions in reverse order; padding stays behind."""
         if self.lengths is None:
             return values.flip(0)
-        time = torch.arange(values.shape[0]).unsqueeze(1)
+        time = torch.arange(values.shape[0], device="cpu").unsqueeze(1)
         place = torch.where(time < self.lengths, self.lengths - 1 - time, time).to(values.device)
         return values.gather(0, place.unsqueeze(2).expand_as(values))
 

@@ -51,7 +51,14 @@ class UniformWithReplacementSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.steps):
-            drawn = torch.rand(self.num_samples, generator=self.generator) < self.sample_rate
+            drawn = (
+                torch.rand(
+                    self.num_samples,
+                    generator=self.generator,
+                    device=None if self.generator is None else self.generator.device,
+                )
+                < self.sample_rate
+            )
             yield torch.nonzero(drawn).flatten().tolist()
 
 

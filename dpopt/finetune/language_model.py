@@ -128,7 +128,7 @@ def encode(
     for prompt, text in zip(prompts, texts, strict=True):
         head = prompt[:-1] if prompt and prompt[-1] == end else prompt
         tail = [] if end is None or (text and text[-1] == end) else [end]
-        encoded.append(Tokens(torch.tensor([*head, *text, *tail][:max_tokens]), len(head)))
+        encoded.append(Tokens(torch.tensor([*head, *text, *tail][:max_tokens], device="cpu"), len(head)))
     return encoded
 
 

@@ -107,7 +107,7 @@ def release_whole(summed: WholeSum, noise: CipherSource, divisor: float = 1.0) -
         scale = fineness(group.sensitivity, group.ratio, 0, 0.0) * divisor
         for name in group.names:
             total = summed.total[name]
-            out = torch.empty(total.shape, dtype=summed.dtype)
+            out = torch.empty(total.shape, dtype=summed.dtype, device="cpu")
             _noised(total.view(-1).numpy(), out.view(-1).numpy(), cipher_of(noise, name, total.device), scale)
             released[name] = out
     return released

@@ -52,7 +52,7 @@ class BallsInBins:
     def draw(self, num_records: int, generator: torch.Generator, step: int = 0) -> list[int]:
         """Indices of batch `step` of the epoch that `generator` draws, in increasing order."""
         check_step(step, self.num_batches)
-        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
         return torch.nonzero((uniform * self.num_batches).long() == step).flatten().tolist()
 
 
@@ -91,7 +91,9 @@ class ShuffledSampling:
         """Indices of batch `step` of the epoch that `generator` draws, in increasing order."""
         check_length(num_records, self.num_records)
         check_step(step, self.steps_per_charge)
-        order = torch.argsort(torch.rand(num_records, dtype=torch.float64, generator=generator))
+        order = torch.argsort(
+            torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
+        )
         start = step * self.batch_size
         return sorted(order[start : start + self.batch_size].tolist())
 

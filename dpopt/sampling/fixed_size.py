@@ -47,5 +47,5 @@ class FixedSizeSampling:
         check_step(step, 1)
         check_length(num_records, self.num_records)
         # Not torch.randperm, whose remainders of 32 bits are uneven by num_records / 2^32.
-        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
         return sorted(torch.argsort(uniform)[: self.batch_size].tolist())

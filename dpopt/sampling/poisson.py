@@ -53,7 +53,7 @@ class PoissonSampling:
         """Indices of one batch, in increasing order; possibly none."""
         check_step(step, 1)
         # float64: a float32 uniform has 24 bits, which biases small rates.
-        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
         return torch.nonzero(uniform < self.sampling_rate).flatten().tolist()
 
 
@@ -96,7 +96,7 @@ class TruncatedPoissonSampling:
             raise ValueError(
                 f"expected at most the public {self.num_records} records; got more; raise num_records before training"
             )
-        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
         # Among those below the rate, the least uniforms are an even choice.
         drawn = torch.nonzero(uniform < self.sampling_rate).flatten()
         kept = torch.argsort(uniform[drawn])[: self.max_batch_size]

@@ -79,7 +79,7 @@ def sliced(layout: Layout, num_examples: int, start: int, length: int) -> Layout
 
 def selected(layout: Layout, num_examples: int, index: Tensor) -> Layout | None:
     """The layout of the rows `index`, None unless they are as many of each example and in a known order."""
-    rows = torch.arange(layout.size(num_examples))
+    rows = torch.arange(layout.size(num_examples), device="cpu")
     chosen = rows[index.detach().cpu().long()].numpy()
     owners = layout.owners(num_examples)[chosen]
     times, rest = divmod(len(owners), num_examples)

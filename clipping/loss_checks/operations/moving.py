@@ -182,7 +182,7 @@ def _gathered(facts: Facts, operation: Operation, dim: int) -> State:
     if operation.name != "stack" and operation.out[dim] != num_examples:
         return complete(facts, factors)  # ragged: only a sum of it makes sense
     if sorted(examples) == list(range(num_examples)) and len(set(factors.values())) == 1:
-        index = torch.tensor(examples)
+        index = torch.tensor(examples, device="cpu")
         layout = selected(Layout(dim), num_examples, index)
         return _rows(operation, layout, next(iter(factors.values())))
     return Alone(factors)
@@ -216,7 +216,7 @@ def moved(facts: Facts, operation: Operation) -> State:
     places = [int(d) % len(shape) for d in dims] if isinstance(dims, Sequence) else []
     if places and state.layout.dim not in places:
         return state
-    index = torch.arange(shape[state.layout.dim])
+    index = torch.arange(shape[state.layout.dim], device="cpu")
     if not isinstance(shifts, Sequence):
         index = index.flip(0)
     elif places:

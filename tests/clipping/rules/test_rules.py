@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipping import Dense, FlatClipper, Inputs, MixesExamples, Outer, Routed, examine, rule
 from clipping.rules import rule_for
+from clipping.rules.linear import conv1d_transposed, linear
 from clipping.rules.registry import batch_first
 from tests.support.clipping.subjects import (
     SUBJECTS,
@@ -436,3 +437,18 @@ def test_a_selection_of_rows_inside_a_folding_block_is_refused():
     with recorded(model), pytest.raises(ValueError, match="route by zero weights instead of selecting rows"):
         model(tokens())
     del block.shared_expert.forward
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_under_autocast_a_gradient_is_made_of_what_the_layer_multiplied(transposed):
+    # Autocast rounds the input of a layer; autograd's own gradient is made of the rounded one.
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 5, 8), torch.randn(3, 5, 4).bfloat16()
+    if transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        found = conv1d_transposed(Conv1D(4, 8), Inputs((x,)), grad)["weight"].dense()
+    else:
+        found = linear(nn.Linear(8, 4), Inputs((x,)), grad)["weight"].dense()
+    wanted = torch.einsum("btp,btd->bpd", grad.double(), x.bfloat16().double())
+    assert torch.allclose(found.double(), wanted.mT if transposed else wanted, rtol=1e-6, atol=1e-6)

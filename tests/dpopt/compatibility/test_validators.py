@@ -106,7 +106,8 @@ def test_a_compatible_module_is_a_copy_and_what_no_replacement_is_known_for_is_r
 
 
 def test_the_engine_refuses_a_model_that_the_validator_names():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    # 64 channels in 32 groups: a group of one value has no variance in a draw of one row.
+    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 3))
     with pytest.raises(UnsupportedModuleError, match="BatchNorm1d"):
         familiar(model)
     engine = PrivacyEngine(accountant="rdp")
