@@ -96,6 +96,15 @@ class Tape:
     (test_guarantee_autograd_never_writes_a_gradient).
     """
 
+    num_examples_seen: int | None = None
+    """The size of the batch that the model was called with last, None where it took no tensor."""
+    is_paused: bool = False
+    """Whether calls are not recorded now: in `paused`, or in `set_aside`."""
+    is_aside: bool = False
+    """Whether the model runs as if no tape were there."""
+    is_rerunning: bool = False
+    """Whether a module without a rule runs again now, which is no use of it."""
+
     def __init__(self, model: nn.Module, begin: Begin, *, batch_dim: int = 0, mean: bool = False) -> None:
         self.model = model
         self.batch_dim = batch_dim
@@ -119,17 +128,9 @@ class Tape:
         self._unruled = Unruled(self.layers, self.parameters, batch_dim, self._serves, self._expanded_child)
         self._children: set[int] = set()
         self._folds = Folds(self.layers, batch_dim)
-        self.num_examples_seen: int | None = None
-        """The size of the batch that the model was called with last, None where it took no tensor."""
         self._root_dims = 0
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
-        self.is_rerunning = False
-        """Whether a module without a rule runs again now, which is no use of it."""
-        self.is_paused = False
-        """Whether calls are not recorded now: in `paused`, or in `set_aside`."""
-        self.is_aside = False
-        """Whether the model runs as if no tape were there."""
         self.turns = Turns()
         self._origin: Origin | None = None
         self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
@@ -206,6 +207,11 @@ class Tape:
         self._shares.doubt()
         self.attribution.doubt()
         self._unruled.doubt()
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
+        return self.attribution.asking
 
     def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find out whose the rows of layers are, where they are not the examples; see `clipping.recording.row_attribution`.
