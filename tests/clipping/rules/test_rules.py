@@ -447,8 +447,8 @@ def test_under_autocast_a_gradient_is_made_of_what_the_layer_multiplied(transpos
     if transposed:
         from transformers.pytorch_utils import Conv1D
 
-        found = conv1d_transposed(Conv1D(4, 8), Inputs((x,)), grad)["weight"].dense()
+        found = conv1d_transposed(Conv1D(4, 8), Inputs((x,), {}), grad)["weight"].dense()
     else:
-        found = linear(nn.Linear(8, 4), Inputs((x,)), grad)["weight"].dense()
+        found = linear(nn.Linear(8, 4), Inputs((x,), {}), grad)["weight"].dense()
     wanted = torch.einsum("btp,btd->bpd", grad.double(), x.bfloat16().double())
     assert torch.allclose(found.double(), wanted.mT if transposed else wanted, rtol=1e-6, atol=1e-6)
