@@ -90,7 +90,7 @@ class Sums:
             real &= self.keep.to(norms.device)
         weights = {
             prefix: torch.where(real, clipper.weights(norms, row) * scale, 0.0)
-            for prefix, clipper in self.contribution.clippers.items()
+            for prefix, clipper in (("", self.contribution.clipper), *self.contribution.beside.items())
         }
         counts = {
             name: torch.where(real.unsqueeze(1), count.values(norms), 0.0)
