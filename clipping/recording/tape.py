@@ -47,7 +47,8 @@ from clipping.rules.packed_sequences import packed_input
 from clipping.rules.registry import Inputs
 from clipping.shared_values.example_free import Constants
 from clipping.shared_values.first_meetings import Meeting
-from clipping.shared_values.shared_values import Home, Shares
+from clipping.shared_values.followed_forward import Home
+from clipping.shared_values.shared_values import Shares
 
 
 class _Returned(NamedTuple):
