@@ -233,7 +233,8 @@ class PrivateTraining:
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
-        require_open(self._open)
+        if not self._open:
+            require_open(self._open)
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)

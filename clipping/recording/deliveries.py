@@ -187,7 +187,9 @@ class Deliveries:
             # Only the callback holds the record: a backward that raises drops both.
             record = self._records[task] = Record(self._begin, self.calls, self._lock)
             torch.autograd.Variable._execution_engine.queue_callback(record.complete)
-        self.turns.require(origin, record.unit)
+        # The layers of one forward come one after another.
+        if self.turns.delivering != (origin, record.unit):
+            self.turns.require(origin, record.unit)
         return record
 
     def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:

@@ -257,6 +257,8 @@ def regrouped(found: Mapping[str, SampleGrads], rows: RowMap | None) -> dict[str
 
 def rows_of(call: Call, outputs: Sequence[Tensor], batch_dim: int) -> int:
     """How many rows a call has: the examples, where it is an ordinary one."""
+    if call.kept is not None:
+        return call.kept.num_examples
     if call.fold is not None:
         return call.fold.num_examples
     dim = call.dims.outputs[0] if call.dims is not None else batch_dim if outputs[0].dim() > 2 else 0

@@ -24,7 +24,6 @@ from torch.utils.hooks import RemovableHandle
 
 from clipping.collectors.collector import Begin
 from clipping.errors import UnrecordedParameter
-from clipping.modules.children_with_rules import Arrivals
 from clipping.modules.detached_forward import Frames
 from clipping.modules.generic_rule import BatchDims
 from clipping.modules.layers import Layer, entries, recorded_layers
@@ -39,7 +38,7 @@ from clipping.recording.deliveries import TENSOR, Deliveries
 from clipping.recording.folded_positions import Folds
 from clipping.recording.row_attribution import Attribution, rows_of
 from clipping.recording.row_graph import losses_below
-from clipping.recording.tap import Autocast, Call, Point, Refusal, Tap, refuse_taped
+from clipping.recording.tap import Autocast, Call, Point, Refusal, refuse_taped, tapped
 from clipping.recording.torch_compile import HOOK_GUARDS, untraced
 from clipping.reruns.nested_values import Structure, flatten, unflatten
 from clipping.rules.dropouts import draws_masks, layer_batch_dim
@@ -400,7 +399,7 @@ class Tape:
         if not returned.floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        autocast = Autocast.of(returned.floating[0].device.type)
+        autocast = _autocast(returned.floating[0].device.type)
         shared = None
         # The module's own parameters are followed by autograd, or a trial has shown one row for each example.
         if ran is None or (
@@ -430,27 +429,14 @@ class Tape:
             ran and ran.kept,
             spread,
         )
-        if plain or packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
-            self.attribution.note(call, self._rows_of(call, floating))
-        tapped = self._tap(call, floating, in_leaves, None if ran is None else ran.wait)
-        return returned.with_floating(tapped)
-
-    def _tap(
-        self, call: Call, floating: Sequence[Tensor], leaves: Sequence[object], wait: Arrivals | None
-    ) -> Sequence[Tensor]:
-        """`floating`, through a tap that delivers `call` in the backward."""
-        if (
-            not call.in_backward
-        ):  # a recomputed checkpoint runs layers again, in a graph that no backward visits
+        if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(call.layer.names.values()):
                 self._calls[name].add(call)
-        tensors = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        given = call if wait is None else wait.of(call)
-        tapped = Tap.apply(given, self._anchor, len(floating), *floating, *tensors)
-        return tapped if isinstance(tapped, tuple) else (tapped,)
-
-    def _rows_of(self, call: Call, outputs: list[Tensor]) -> int:
-        return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
+        if plain or packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
+            self.attribution.note(call, rows_of(call, floating, self.batch_dim))
+        wait = None if ran is None else ran.wait
+        outputs = tapped(call if wait is None else wait.of(call), self._anchor, floating, in_leaves)
+        return outputs[0] if plain else returned.with_floating(outputs)
 
 
 def _is_plain(inputs: Inputs) -> bool:
@@ -460,3 +446,10 @@ def _is_plain(inputs: Inputs) -> bool:
 
 def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _autocast(device_type: str) -> Autocast:
+    """The mixed precision in force now."""
+    return Autocast(
+        device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    )
