@@ -16,22 +16,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
+from clipping.errors import MixesExamples
 from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
 from clipping.loss_checks.loss_report import LossReport
+from clipping.loss_checks.operations.arithmetic import as_count, scaled
 from clipping.loss_checks.operations.layout import Layout
-from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Unproven, away
+from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
-from clipping.loss_checks.verdict import (
-    Constants,
-    refuse_changed,
-    refuse_input,
-    refuse_mixing,
-    refuse_seen,
-    required,
-    started,
-)
+from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
 from clipping.modules.generic_rule import batch_dim_of
 from clipping.recording.before_backward import ENTRANCE
 from clipping.recording.tape import Tape
@@ -132,7 +126,7 @@ class LossChecks:
     def given(self, losses: Tensor | None = None) -> Iterator[None]:
         """A block whose backward is of `losses` (B,): numbers in them may change, and unknown operations are trusted."""
         if losses is not None and self._provenance.on:
-            refuse_seen(self._provenance.seen.of(losses), refuse_mixing)
+            _refuse_seen(self._provenance.seen.of(losses), refuse_mixing)
         self._given = True
         try:
             yield
@@ -152,7 +146,7 @@ class LossChecks:
             if isinstance(found, Rows):
                 self._order = found.layout.order
             elif torch.is_grad_enabled():
-                refuse_seen(found, refuse_input)
+                _refuse_seen(found, _refuse_input)
         self._provenance.enter_model()
 
     def _refuse_copies(self, given: Sequence[tuple[Tensor, State]]) -> None:
@@ -164,7 +158,7 @@ class LossChecks:
             any(isinstance(state, Rows) for _, state in given)
             or (len(given) == 1 and all(x.dim() > dim and x.shape[dim] == num_examples for x, _ in alone))
         ):
-            refuse_input(Unproven("copies of a single example for the others", shown=True))
+            _refuse_input(Unproven("copies of a single example for the others", shown=True))
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], outputs: object) -> None:
         if model is not self._tape.model:
@@ -253,10 +247,10 @@ class LossChecks:
         facts = Facts(mean=self._mean, read=self._provenance.read)
         lookup = self._provenance.made if following else None
         if following and isinstance(grad, Tensor):
-            refuse_seen(self._provenance.seen.of(grad), refuse_mixing)
+            _refuse_seen(self._provenance.seen.of(grad), refuse_mixing)
         state = states(found, facts, lookup)[-1][number]
         if facts.num_examples:
-            self._judge(facts, started(facts, state, grad))
+            self._judge(facts, _started(facts, state, grad))
         if facts.repeatable and not following and not isinstance(key[1], Tensor):
             if len(self._passed) >= _KEPT:
                 self._passed.clear()
@@ -280,6 +274,36 @@ class LossChecks:
         if not self._given:
             self._constants.require(self._number, facts, total)
         self._flags += facts.flags
+
+
+def _started(facts: Facts, state: State, grad: Any) -> State:
+    """The state of a root, times the gradient that the backward starts with."""
+    if not isinstance(grad, Tensor) or isinstance(state, Unproven | None):
+        return state
+    if grad.numel() == 1 and away(grad):
+        facts.tensors.append(grad.detach())
+        facts.repeatable = False
+        return state
+    if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
+        return Unproven(
+            "a gradient other than the same number for all losses, given to backward()", shown=False
+        )
+    state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))
+    return Total((state.factor,)) if isinstance(state, Rows) else state
+
+
+def _refuse_seen(found: State, refuse: Callable[[Unproven], None]) -> None:
+    if isinstance(found, Total):
+        refuse(Unproven("a sum over the examples of the batch", shown=True))
+    elif isinstance(found, Unproven) and found.shown:
+        refuse(found)
+
+
+def _refuse_input(found: Unproven) -> None:
+    raise MixesExamples(
+        f"expected inputs of the model that are each made from one example; got {found.reason}, after which an input "
+        "depends on several; do it with public numbers (means known before, other images), or to each example alone"
+    )
 
 
 def _can_follow() -> bool:

@@ -6,14 +6,11 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from clipping.errors import MixesExamples
-from clipping.loss_checks.operations.arithmetic import as_count, complete, scaled
-from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Total, Unproven, away
+from clipping.loss_checks.operations.arithmetic import complete
+from clipping.loss_checks.operations.state import Alone, Facts, State, Total, Unproven, away
 
 REMEDY = (
     "pass the losses of the examples, shape (B,), to engine.backward(losses), each normalised by numbers of its own "
@@ -103,36 +100,4 @@ def _distinct(values: list[float]) -> list[float]:
 def _close(known: list[float], found: list[float]) -> bool:
     return len(known) == len(found) and all(
         abs(a - b) <= _CLOSE * max(abs(a), abs(b)) for a, b in zip(known, found, strict=True)
-    )
-
-
-def started(facts: Facts, state: State, grad: Any) -> State:
-    """The state of a root, times the gradient that the backward starts with."""
-    if not isinstance(grad, Tensor) or isinstance(state, Unproven | None):
-        return state
-    if grad.numel() == 1 and away(grad):
-        facts.tensors.append(grad.detach())
-        facts.repeatable = False
-        return state
-    if grad.numel() > 1 and not bool((grad == grad.flatten()[0]).all()):
-        return Unproven(
-            "a gradient other than the same number for all losses, given to backward()", shown=False
-        )
-    state = scaled(state, as_count(facts, state, float(grad.flatten()[0])))
-    return Total((state.factor,)) if isinstance(state, Rows) else state
-
-
-def refuse_seen(found: State, refuse: Callable[[Unproven], None]) -> None:
-    """`refuse` what was seen to bring examples together, or to add them up."""
-    if isinstance(found, Total):
-        refuse(Unproven("a sum over the examples of the batch", shown=True))
-    elif isinstance(found, Unproven) and found.shown:
-        refuse(found)
-
-
-def refuse_input(found: Unproven) -> None:
-    """Raise MixesExamples for an input of the model."""
-    raise MixesExamples(
-        f"expected inputs of the model that are each made from one example; got {found.reason}, after which an input "
-        "depends on several; do it with public numbers (means known before, other images), or to each example alone"
     )
