@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dpopt.cli import accounting
+from dpopt.cli import accounting, audit_commands
 from dpopt.cli import ledger as ledgers
 from dpopt.cli.failures import exit_codes
 
@@ -319,3 +319,4 @@ app.command()(accounting.epsilon)
 app.command()(accounting.noise_multiplier)
 app.command("calibrate")(accounting.calibration)
 app.add_typer(ledgers.app, name="ledger")
+app.add_typer(audit_commands.app, name="audit")

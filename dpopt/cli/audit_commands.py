@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sub-app `audit`, which asks what a run really leaked.
+
+Commands that other files hold are registered at the end of this file, a line each.
+"""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Ask what a run really leaked, and check steps for faults.")
+
+
+@app.callback()
+def _main() -> None:
+    pass
