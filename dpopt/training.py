@@ -274,12 +274,16 @@ class PrivateTraining:
         """Draw `steps` batches of `dataset` (default: all that the budget affords); release each before the next."""
         require_users(self.sampling, dataset)
         self._require_places(dataset)
-        items = dataset if self._audit is None else self._audit.joined(dataset)
+        items = self.joined(dataset)
         for _ in range(self.payments.settled(steps, self.steps)):
             draw = self.draw(len(dataset))
             self.begin(draw.number, len(draw.indices), draw.indices)
             yield Batch(tuple(items[i] for i in draw.indices), tuple(draw.indices))
             self.sum.admission.require_ended()
+
+    def joined(self, dataset: Records[object]) -> Records[object]:
+        """The data set, with the items of input canaries behind it where the run is audited with such."""
+        return dataset if self._audit is None else self._audit.joined(dataset)
 
     def _require_places(self, dataset: Sized) -> None:
         known = self._stage.contribution.num_records

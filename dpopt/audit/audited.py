@@ -21,7 +21,7 @@ from clipping.points import Points
 from dpopt.audit import coins as sealing
 from dpopt.audit.canaries import LENGTH, Canaries
 from dpopt.audit.coins import Coins
-from dpopt.audit.drawing import Drawn, law_of, parted
+from dpopt.audit.drawing import Drawn, law_of, own_coins, parted
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.honest import require_honest
 from dpopt.audit.inputs import Extended, losses_of
@@ -213,7 +213,9 @@ class Audited:
         if self._places is not None:
             rate = self._sampling.sampling_rate if isinstance(self._sampling, PoissonSampling) else None
             noisy = getattr(self._mechanism, "noise_multiplier", 0.0) > 0
-            return self._scores.evidence(coins.included, known=self.canaries.untouched and noisy, rate=rate)
+            # Around a centre every record speaks at every coordinate.
+            alone = self.canaries.untouched and self._step.contribution.moved is None and own_coins(self._sampling)
+            return self._scores.evidence(coins.included, alone=alone, noisy=noisy, rate=rate)
         assert self._before is not None
         fallen = (self._before - losses_of(self.canaries)).double().cpu().numpy()
         usable = np.where(np.isnan(fallen), -np.inf, fallen)

@@ -83,3 +83,8 @@ def law_of(sampling: Sampling) -> tuple[str, float]:
     if isinstance(sampling, FixedSizeSampling):
         return "each step", sampling.batch_size / sampling.num_records
     return "each step", float(getattr(sampling, "sampling_rate", 1.0))
+
+
+def own_coins(sampling: Sampling) -> bool:
+    """Whether it says nothing of one record that another takes part."""
+    return isinstance(sampling, (*_OWN_COINS, CyclicSampling))

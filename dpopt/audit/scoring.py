@@ -87,31 +87,32 @@ class Scores:
         self.pairs.append(normal[chosen])
         self.took_part.append(np.arange(len(chosen)) < len(drawn))
 
-    def evidence(self, included: NDArray[np.bool_], *, known: bool, rate: float | None) -> tuple[Evidence, ...]:
+    def evidence(self, included: NDArray[np.bool_], *, alone: bool, noisy: bool, rate: float | None) -> tuple[Evidence, ...]:
         """The evidence: of the whole run by the sum and the likelihood, and of its steps where these are alike.
 
-        `known` says that nothing but the noise moves a canary that is out; `rate` is that of Poisson sampling, else None.
+        `alone` says that nothing but the noise and its own coins moves a canary's scores, `noisy` that there is noise;
+        `rate` is that of Poisson sampling, else None.
         """
         likelihoods = self.likelihoods
         if self._place:
             left = (self.amount - self._place) / self.amount
             likelihoods = likelihoods + np.logaddexp(math.log(left), self._epoch - math.log(self.amount))
         information = math.fsum(self.informations)
-        always = rate == 1.0
+        noise_std = 1.0 if alone and noisy else None
         whole = Evidence(
             np.round(self.sums / math.sqrt(information), 6), included, "dirac, sum over the steps",
-            independent=known, noise_std=1.0 if known and always else None,
+            independent=alone, noise_std=noise_std,
         )  # fmt: skip
         found = [whole]
-        if not always:
+        if rate != 1.0:
             told = np.round(likelihoods, 6)
-            found.append(Evidence(told, included, "dirac, likelihood ratio", independent=known))
+            found.append(Evidence(told, included, "dirac, likelihood ratio", independent=alone))
         alike = max(self.informations) <= min(self.informations) * (1 + 1e-9)
         if rate is not None and alike and self.pairs:
             found.append(
                 Evidence(
                     np.round(np.concatenate(self.pairs), 6), np.concatenate(self.took_part), "dirac, single steps",
-                    independent=known, noise_std=1.0 if known else None,
+                    independent=alone, noise_std=noise_std,
                     num_steps=len(self.informations), sampling_rate=rate,
                 )
             )  # fmt: skip
