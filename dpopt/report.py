@@ -70,6 +70,8 @@ class Report:
     versions: Mapping[str, str]
     curve: tuple[tuple[int, float, float | None], ...]
     """(step, upper bound on epsilon, loss) over the run."""
+    audit: str | None = None
+    """The canaries in the run, whose traces `dpopt audit` looks for."""
 
     def to_json(self) -> str:
         """As JSON; an infinite number is the string "infinity"."""
@@ -218,6 +220,7 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("Ledger id", f"`{report.ledger_id}`"),
             ("Ledger head", f"`{report.ledger_head}`"),
             ("Charges", f"{report.ledger_charges}, of which {report.ledger_charges_before} before this run"),
+            *(() if report.audit is None else (("Audit", f"{report.audit}, among the records; ask `dpopt audit`"),)),
             ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         ],
     }
