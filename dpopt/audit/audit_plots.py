@@ -41,7 +41,7 @@ def bounds_picture(claim: Claim, bounds: Sequence[LowerBound]) -> bytes:
             f"claim {claim.epsilon:.2f}", (claim.epsilon, len(bounds) - 0.5), xytext=(4, 2),
             textcoords="offset points", fontsize=9, color=_INK,
         )  # fmt: skip
-    axes.set_yticks(range(len(bounds)), [bound.name for bound in reversed(bounds)])
+    axes.set_yticks(range(len(bounds)), [bound.title for bound in reversed(bounds)])
     axes.set_xlim(0, width)
     _dress(
         axes, f"epsilon at delta {claim.delta:g}, at least (grey: what perfect scores would show)", "", "x"

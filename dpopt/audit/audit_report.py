@@ -42,7 +42,7 @@ class AuditReport:
             "verdict": {
                 "sentence": self.verdict.sentence,
                 "exit_code": self.verdict.exit_code,
-                "bound": self.verdict.bound.name,
+                "bound": self.verdict.bound.title,
             },
             "confidence": self.confidence,
             "lower_bounds": [asdict(bound) for bound in self.bounds],
@@ -98,7 +98,7 @@ def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
         body += [f"<p>{escape(_told(one))}</p>", _picture(picture, f"scores: {one.kind}")]
     body += ["<h2>What each bound assumes</h2>"]
     for bound in report.bounds:
-        body += [f"<p><b>{escape(bound.name)}</b></p>", _list(bound.assumptions)]
+        body += [f"<p><b>{escape(bound.title)}</b></p>", _list(bound.assumptions)]
     if report.about:
         pairs = [(str(name), json.dumps(_plain(value))) for name, value in report.about.items()]
         body += ["<h2>What the canaries cost</h2>", _pairs(pairs)]
@@ -122,7 +122,7 @@ def _reading(report: AuditReport) -> str:
 
 def _rows(report: AuditReport) -> list[tuple[str, ...]]:
     return [
-        (b.name, rounded_down(b.epsilon), f"{100 * b.confidence:.4g} %", could_show(b), b.observed)
+        (b.title, rounded_down(b.epsilon), f"{100 * b.confidence:.4g} %", could_show(b), b.observed)
         for b in report.bounds
     ]
 

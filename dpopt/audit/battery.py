@@ -9,6 +9,7 @@ the union bound all hold together with the stated confidence, and so does the la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -48,41 +49,29 @@ def lower_bounds(
         raise ValueError(
             "expected evidence of a run; got none; train with canaries (dpopt finetune --audit canaries=1000)"
         )
-    spare = 1 - confidence
-    if len(trials) == 1:
-        return (trials[0][1](trials[0][0], delta, confidence),)
-    rest = 1 - spare / 2 / (len(trials) - 1)
+    spare = (1 - confidence) / (1 if len(trials) == 1 else 2)
+    rest = 1 - spare / max(1, len(trials) - 1)
     return tuple(
-        bound(one, delta, 1 - spare / 2 if i == 0 else rest) for i, (one, bound) in enumerate(trials)
+        replace(bound(one, delta, 1 - spare if i == 0 else rest), evidence=one.kind)
+        for i, (one, bound) in enumerate(trials)
     )
 
 
 def _trials(evidence: Sequence[Evidence], delta: float, family: Family | None) -> list[Trial]:
     shape = family or any_mechanism(delta)
-    trials: list[Trial] = [(one, per_step) for one in evidence if one.per_step and one.independent]
     steps = [one for one in evidence if one.num_steps is not None and one.sampling_rate is not None]
+    whole = [one for one in evidence if not one.per_step]
+    measured = [one for one in whole if one.independent and one.noise_std is not None]
+    guessed = [
+        one for one in whole if one not in measured
+    ] or whole  # sums with known noise say less by their order
     own = poisson_steps(steps[0].sampling_rate or 1.0, steps[0].num_steps or 1) if steps else shape
-    for one in evidence:
-        if one.per_step:
-            continue
-        if one.independent:
-            if one.noise_std is not None:
-                trials += [(one, full_signal), (one, gdp_scores)]
-            trials.append((one, partial(order_statistics, family=own)))
-        else:
-            trials.append((one, partial(fdp_one_run, family=shape)))
-        trials.append((one, steinke))
-    return sorted(trials, key=lambda trial: _ORDER.index(getattr(trial[1], "func", trial[1])))
-
-
-_ORDER: list[Callable[..., LowerBound]] = [
-    full_signal,
-    per_step,
-    order_statistics,
-    gdp_scores,
-    fdp_one_run,
-    steinke,
-]
+    trials: list[Trial] = [(one, per_step) for one in steps if one.independent]
+    trials += [(one, full_signal) for one in measured]
+    trials += [(one, partial(order_statistics, family=own)) for one in guessed if one.independent]
+    trials += [(one, gdp_scores) for one in measured]
+    trials += [(one, partial(fdp_one_run, family=shape)) for one in guessed if not one.independent]
+    return trials + [(one, steinke) for one in guessed]
 
 
 def of_many_runs(
@@ -114,7 +103,10 @@ def of_many_runs(
     told = lower_bounds(pooled, delta, 1 - (1 - confidence) / 2, family=family)
     rates = [one for one in pooled if not one.per_step]
     spare = (1 - confidence) / 2 / max(1, len(rates))
-    return tuple(pooled), (*told, *(clopper_pearson(one, delta, 1 - spare) for one in rates))
+    return tuple(pooled), (
+        *told,
+        *(replace(clopper_pearson(one, delta, 1 - spare), evidence=one.kind) for one in rates),
+    )
 
 
 def first_of_each(runs: Sequence[Evidence]) -> Evidence:

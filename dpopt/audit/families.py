@@ -68,7 +68,7 @@ def gaussian_covers(curve: Curve, epsilon: float, delta: float, num_records: int
         curve: the price of the run; `epsilon` is not below its epsilon at `delta`.
         epsilon: of the claim.
         delta: of the claim.
-        num_records: how many records look for it; at a hundred losses up to the claim the run's delta may lie above
+        num_records: how many records look for it; at 33 losses up to the claim the run's delta may lie above
             the Gaussian's by a thousandth of 1 / num_records, which moves no probability of theirs by more than that.
     """
     if not (0 < epsilon < math.inf and delta > 0):
@@ -78,7 +78,7 @@ def gaussian_covers(curve: Curve, epsilon: float, delta: float, num_records: int
         middle = (low + high) / 2
         low, high = (middle, high) if GAUSSIAN.epsilon(middle, delta) <= epsilon else (low, middle)
     release = accountant("pld").curve(_gaussian(high))
-    losses = (epsilon * i / 100 for i in range(101))
+    losses = (epsilon * i / 32 for i in range(33))
     return all(curve.delta(loss) <= release.delta(loss) + 1e-3 / num_records for loss in losses)
 
 

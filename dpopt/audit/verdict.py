@@ -69,7 +69,7 @@ def verdict(
     sure = f"at {100 * confidence:.4g} % confidence"
     at = f"at delta {claim.delta:g}"
     if best.epsilon > claim.epsilon:
-        told = f"Refuted: {sure} the run leaked more than epsilon {_down(best.epsilon)} {at} ({best.name}); it claims "
+        told = f"Refuted: {sure} the run leaked more than epsilon {_down(best.epsilon)} {at} ({best.title}); it claims "
         return Verdict(told + f"at most {_up(claim.epsilon)}.", REFUTED, best)
     if math.isinf(claim.epsilon):
         told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {_down(best.epsilon)} {at}."
@@ -90,7 +90,7 @@ def verdict(
         )
     told = f"Not refuted: the run claims epsilon {_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
     rest = "" if could > claim.epsilon else f"; more than {_down(could)} could not have been shown"
-    return Verdict(f"{told}{_down(best.epsilon)} ({best.name}){rest}.", STANDS, best)
+    return Verdict(f"{told}{_down(best.epsilon)} ({best.title}){rest}.", STANDS, best)
 
 
 def _down(epsilon: float) -> str:
