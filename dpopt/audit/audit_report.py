@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import Control
 from dpopt.audit.evidence import Evidence
-from dpopt.audit.verdict import Claim, Verdict
+from dpopt.audit.verdict import Claim, Verdict, rounded_down
 from dpopt.report import page, rounded_up
 
 
@@ -51,13 +51,6 @@ class AuditReport:
             "canaries": dict(self.about),
         }
         return json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
-
-
-def rounded_down(value: float, digits: int = 2) -> str:
-    """A lower bound for people: never above the bound."""
-    if math.isinf(value):
-        return "infinity"
-    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}"
 
 
 def could_show(bound: LowerBound) -> str:
@@ -116,7 +109,8 @@ def _reading(report: AuditReport) -> str:
     return (
         "A lower bound is what was shown to leak: the truth lies between the largest of them and the claim, if the claim "
         "holds. All bounds hold together with the stated confidence. A low one does not show that a run is private: "
-        "other attacks may see more, and no bound can show more than its fourth column says."
+        "other attacks may see more, and no bound can show more than its fourth column says. At 95 % confidence one true "
+        "claim in twenty is refuted by chance: repeat the run, or ask for a higher confidence, before you believe it."
     )
 
 

@@ -60,7 +60,7 @@ def positive(
     return Control(
         name=f"positive: {what}",
         passed=seen >= min(claim, could / 2) > 0,
-        observed=f"shows epsilon {_told(seen)} at least; perfect scores would show {_told(could)}",
+        observed=f"shows {_told(seen)}; perfect scores would show {_told(could)}",
     )
 
 
@@ -75,7 +75,7 @@ def negative(evidence: Sequence[Evidence], bounds: Bounds, confidence: float, se
     return Control(
         name="negative: other coins",
         passed=bool(above <= binom.ppf(0.999, _DRAWS, 1 - confidence)),
-        observed=f"{above} of {_DRAWS} draws show any leak, the largest epsilon {_told(max(seen))}",
+        observed=f"{above} of {_DRAWS} draws show any leak, at most {_told(max(seen))}",
     )
 
 
@@ -97,4 +97,4 @@ def noise(evidence: Evidence) -> Control | None:
 
 
 def _told(epsilon: float) -> str:
-    return "without limit" if math.isinf(epsilon) else f"{epsilon:.2f}"
+    return "a leak without limit" if math.isinf(epsilon) else f"epsilon {epsilon:.2f}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import Control
+from dpopt.report import rounded_up
 
 STANDS, REFUTED, NO_POWER = 0, 1, 3
 _FAR = 0.5  # of the claim: an audit that can show no more than this share of it says nothing about it
@@ -69,10 +70,13 @@ def verdict(
     sure = f"at {100 * confidence:.4g} % confidence"
     at = f"at delta {claim.delta:g}"
     if best.epsilon > claim.epsilon:
-        told = f"Refuted: {sure} the run leaked more than epsilon {_down(best.epsilon)} {at} ({best.title}); it claims "
-        return Verdict(told + f"at most {_up(claim.epsilon)}.", REFUTED, best)
+        shown, claimed = _apart(best.epsilon, claim.epsilon)
+        told = (
+            f"Refuted: {sure} the run leaked at least epsilon {shown} {at} ({best.name}); it claims at most "
+        )
+        return Verdict(f"{told}{claimed}.", REFUTED, best)
     if math.isinf(claim.epsilon):
-        told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {_down(best.epsilon)} {at}."
+        told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {rounded_down(best.epsilon)} {at}."
         return Verdict(told, STANDS, best)
     blind = [
         control.name for control in controls if control.name.startswith("positive") and not control.passed
@@ -81,21 +85,32 @@ def verdict(
         why = (
             f"its control ({blind[0]}) was not detected"
             if blind
-            else f"perfect scores could have shown epsilon {_down(could)} at most; audit with more canaries"
+            else f"perfect scores could have shown epsilon {rounded_down(could)} at most; audit with more canaries"
         )
         return Verdict(
-            f"No power: this audit says nothing of the claim of epsilon {_up(claim.epsilon)} {at}: {why}.",
+            f"No power: this audit says nothing of the claim of epsilon {rounded_up(claim.epsilon)} {at}: {why}.",
             NO_POWER,
             best,
         )
-    told = f"Not refuted: the run claims epsilon {_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
-    rest = "" if could > claim.epsilon else f"; more than {_down(could)} could not have been shown"
-    return Verdict(f"{told}{_down(best.epsilon)} ({best.title}){rest}.", STANDS, best)
+    told = f"Not refuted: the run claims epsilon {rounded_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
+    rest = "" if could > claim.epsilon else f"; more than {rounded_down(could)} could not have been shown"
+    return Verdict(f"{told}{rounded_down(best.epsilon)} ({best.name}){rest}.", STANDS, best)
 
 
-def _down(epsilon: float) -> str:
-    return "any number" if math.isinf(epsilon) else f"{math.floor(epsilon * 100 + 1e-9) / 100:.2f}"
+def rounded_down(value: float, digits: int = 2) -> str:
+    """A lower bound for people: never above the bound."""
+    if math.isinf(value):
+        return "infinity"
+    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}"
 
 
-def _up(epsilon: float) -> str:
-    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+def _apart(bound: float, claim: float) -> tuple[str, str]:
+    """A lower bound above a claim, with as many digits as show it."""
+    digits = 2
+    while (
+        math.isfinite(bound)
+        and digits < 9
+        and math.floor(bound * 10**digits) <= math.ceil(claim * 10**digits)
+    ):
+        digits += 1
+    return rounded_down(bound, digits), rounded_up(claim, digits)
