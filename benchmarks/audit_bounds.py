@@ -127,11 +127,12 @@ def power(rng: np.random.Generator, draws: int) -> tuple[list[list[str]], list[l
     parts = []
     for steps in (Steps(4.0, 0.01, 1000), Steps(4.0, 0.1, 200), Steps(4.0, 0.5, 100)):
         for m in (1000, 5000):
-            parts.append(_of_steps(rng, steps, m, max(5, draws // 5)))
+            parts.append(of_steps(rng, steps, m, max(1, draws // 5)))
     return whole, parts
 
 
-def _of_steps(rng: np.random.Generator, steps: Steps, m: int, draws: int) -> list[str]:
+def of_steps(rng: np.random.Generator, steps: Steps, m: int, draws: int) -> list[str]:
+    """One row of the table of sampled steps."""
     own = poisson_steps(steps.rate, steps.count)
     found: dict[str, list[float]] = {
         name: [] for name in ("steps", "own", "gaussian", "sum", "curve", "guesses")

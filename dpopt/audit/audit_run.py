@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accountants import Bound, History, UnpricedEvent, accountant, ledger_bound, read
@@ -116,7 +117,7 @@ def _family(histories: Sequence[History], claim: Bound, num_records: int) -> Fam
             return None
         if not gaussian_covers(curve, claim.epsilon, claim.delta, num_records):
             return None
-    return GAUSSIAN
+    return replace(GAUSSIAN, assumption=f"{GAUSSIAN.assumption}, as the price of its ledger shows")
 
 
 def _about(ledgers: Sequence[Path]) -> Mapping[str, object]:
