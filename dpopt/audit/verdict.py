@@ -69,6 +69,12 @@ def verdict(
     could = max(bound.largest_possible for bound in bounds)
     sure = f"at {100 * confidence:.4g} % confidence"
     at = f"at delta {claim.delta:g}"
+    unsound = [
+        control.name for control in controls if control.name.startswith("negative") and not control.passed
+    ]
+    if unsound:
+        told = f"No verdict: this audit sees leaks where there are none ({unsound[0]}), so an assumption of its bounds is wrong."
+        return Verdict(told, NO_POWER, best)
     if best.epsilon > claim.epsilon:
         shown, claimed = _apart(best.epsilon, claim.epsilon)
         told = (

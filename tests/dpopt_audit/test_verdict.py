@@ -88,6 +88,7 @@ def test_many_runs():
         (CLAIM, [bound(1.0, could=3.4)], [SEEN], 0, "more than 3.40 could not have been shown"),
         (CLAIM, [bound(1.0)], [Control("positive: a twin", False, "")], 3, "not detected"),
         (CLAIM, [bound(5.0)], [Control("positive: a twin", False, "")], 1, "Refuted"),
+        (CLAIM, [bound(5.0)], [SEEN, Control("negative: other coins", False, "")], 3, "No verdict"),
         (Claim(math.inf, DELTA, "pld", ()), [bound(9.0)], [SEEN], 0, "Nothing to refute"),
     ],
 )  # fmt: skip

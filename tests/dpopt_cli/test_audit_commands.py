@@ -15,13 +15,13 @@ from dpopt.cli.commands import app
 NUM = 200
 
 
-def trained(folder, noise):
+def trained(folder, noise, seed=3):
     mechanism = GaussianMechanism(noise)
     model = nn.Linear(2 + NUM, 1)
     audit = Canaries(NUM, where={"weight": range(2, 2 + NUM)}, untouched=True)
     private = PrivateTraining(
         model, clipper=FlatClipper(1.0), mechanism=mechanism, sampling=PoissonSampling(1.0, 4.0),
-        ledger=folder / "privacy.ledger.jsonl", audit=audit, insecure_seed=3,
+        ledger=folder / "privacy.ledger.jsonl", audit=audit, insecure_seed=seed,
     )  # fmt: skip
     data = list(torch.cat((torch.ones(4, 2), torch.zeros(4, NUM)), 1))
     with private:
@@ -49,16 +49,23 @@ def test_an_honest_run(honest):
     assert result.exit_code == 0, result.output
     assert "Not refuted" in told(result)
     data = json.loads((honest / "audit.json").read_text())
+    assert any("seed" in text for text in data["claim"]["assumptions"])
     assert data["claim"]["delta"] == 1e-5 and data["verdict"]["exit_code"] == 0
     assert (honest / "audit.html").read_text().startswith("<!doctype html>")
 
 
 def test_two_runs_and_another_folder(honest, tmp_path):
+    other = trained(tmp_path / "other", 3.0, seed=4)
     result = audited(
-        "run", honest, honest / "privacy.ledger.jsonl", "--delta", "1e-5", "--out", tmp_path / "new"
+        "run", honest, other / "privacy.ledger.jsonl", "--delta", "1e-5", "--out", tmp_path / "new"
     )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "new" / "audit.json").read_text())["evidence"][0]["num_records"] == 2 * NUM
+
+
+def test_a_run_counts_once(honest):
+    result = audited(honest, honest / "privacy.ledger.jsonl", "--delta", "1e-5")
+    assert result.exit_code == 2 and "name each run once" in told(result)
 
 
 def test_the_delta_of_the_report_is_taken(honest, tmp_path):
