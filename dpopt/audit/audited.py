@@ -69,9 +69,10 @@ class Audited:
         self._before = None if canaries.is_dirac else losses_of(canaries)
         return {"kind": canaries.kind, "canaries": canaries.num, "commitment": self._coins.commitment}
 
-    def begin(self, ledger: Path) -> None:
+    def begin(self, ledger: Path, charges_before: int) -> None:
         """The run has its ledger: note there that coins are sealed, and say what the canaries will cost."""
         assert self._coins is not None
+        self._charges_before = charges_before
         sealing.sealed(ledger, self._coins)
         print(f"dpopt: audit: {self.statement()}", file=sys.stderr)
 
@@ -182,6 +183,7 @@ class Audited:
         """What they did cost: public, as everything the canaries are is made up."""
         steps = len(self._scores.informations)
         told: dict[str, object] = {"steps": steps, "canaries": self.canaries.num, "joined": self._num_joined}
+        told["charges_before"] = self._charges_before
         if self._places is not None:
             step = self._step.contribution.clipper.sensitivity
             noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(self._places.num_coordinates)

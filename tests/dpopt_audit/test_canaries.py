@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from auditing import FEATURES, NUM, audited, canaries, losses, model_for, records, train
+from auditing import FEATURES, NUM, audited, canaries, losses_of_users, model_for, records, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,7 +93,7 @@ def test_users_have_canaries_beside_them():
     run, model, _ = audited(noise=0.0, sampling=UserSampling(1.0, 6.0))
     with run:
         for batch in run.batches(dataset, steps=1):
-            run.accumulate(torch.stack([losses(model, user).sum() for user in batch.examples]))
+            run.accumulate(losses_of_users(model, batch.examples))
             run.release()
     assert model.weight.grad[0, FEATURES:].count_nonzero() == included_of(run).sum()
 
