@@ -421,7 +421,13 @@ class PrivateTraining:
             if audit is not None:
                 audit.join()
             released = release(
-                self._stage, self.sum, mechanism, self._tier, record.seq, size, None if audit is None else audit.see
+                self._stage,
+                self.sum,
+                mechanism,
+                self._tier,
+                record.seq,
+                size,
+                None if audit is None else audit.see,
             )
             if audit is not None:
                 audit.end_step()

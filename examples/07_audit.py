@@ -110,7 +110,9 @@ def main() -> None:
         table.add_column(column)
     nothing = [f"{bound(shuffled, DELTA).epsilon:.2f}" for bound in WHOLE_RUN] + ["-"]
     for mine, broken, none in zip(shown(right.evidence), shown(wrong.evidence), nothing, strict=True):
-        table.add_row(mine.name, f"{mine.epsilon:.2f}", f"{broken.epsilon:.2f}", none, f"{mine.largest_possible:.2f}")
+        table.add_row(
+            mine.name, f"{mine.epsilon:.2f}", f"{broken.epsilon:.2f}", none, f"{mine.largest_possible:.2f}"
+        )
     Console().print(table)
 
 

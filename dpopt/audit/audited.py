@@ -38,7 +38,12 @@ class Audited:
     """The canaries of a run that draws by `sampling` (the widened one) and sums by `step`."""
 
     def __init__(
-        self, canaries: Canaries, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
+        self,
+        canaries: Canaries,
+        sampling: Sampling,
+        estimator: Estimator,
+        mechanism: Mechanism,
+        step: StepSum,
     ) -> None:
         require_honest(canaries, estimator, mechanism)
         self.canaries = canaries
@@ -54,7 +59,9 @@ class Audited:
             self._placed(insecure_key(0))
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("expected the coins of a run to stay in it; got a copy or a pickle; read its files at the end")
+        raise TypeError(
+            "expected the coins of a run to stay in it; got a copy or a pickle; read its files at the end"
+        )
 
     # -- a run begins and ends --------------------------------------------------------------------------
 
@@ -163,7 +170,13 @@ class Audited:
     def statement(self) -> str:
         """What the canaries will cost the run, before it begins."""
         kind, rate = law_of(self._sampling)
-        share = rate if kind == "each step" else 1 / rate if kind == "once in" else 1 / self._sampling.steps_per_charge
+        share = (
+            rate
+            if kind == "each step"
+            else 1 / rate
+            if kind == "once in"
+            else 1 / self._sampling.steps_per_charge
+        )
         mean = share * self.canaries.num / 2
         said = (
             f"{self.canaries.num} canaries ({self.canaries.kind}), each in by a secret fair coin, are drawn and paid for as "
@@ -186,7 +199,9 @@ class Audited:
         told["charges_before"] = self._charges_before
         if self._places is not None:
             step = self._step.contribution.clipper.sensitivity
-            noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(self._places.num_coordinates)
+            noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(
+                self._places.num_coordinates
+            )
             told["moved_each_step"] = step * math.sqrt(self._num_joined / steps)
             told["norm_of_noise"] = step * noise
             told["share_of_coordinates"] = self._places.num_touched / self._places.num_coordinates
@@ -198,7 +213,9 @@ class Audited:
         sums = self._step.sums
         return placed(self.canaries, sums.groups, self._step.parameters, generator(key, "canaries", "places"))
 
-    def _points(self, group: Mapping[str, object], ranks: Tensor, num: int, length: float) -> dict[str, Points]:
+    def _points(
+        self, group: Mapping[str, object], ranks: Tensor, num: int, length: float
+    ) -> dict[str, Points]:
         found = {}
         for name, there in group.items():
             numbers, places = there  # pyright: ignore[reportGeneralTypeIssues]
@@ -216,10 +233,14 @@ class Audited:
             rate = self._sampling.sampling_rate if isinstance(self._sampling, PoissonSampling) else None
             noisy = getattr(self._mechanism, "noise_multiplier", 0.0) > 0
             # Around a centre every record speaks at every coordinate.
-            alone = self.canaries.untouched and self._step.contribution.moved is None and own_coins(self._sampling)
+            alone = (
+                self.canaries.untouched
+                and self._step.contribution.moved is None
+                and own_coins(self._sampling)
+            )
             return self._scores.evidence(coins.included, alone=alone, noisy=noisy, rate=rate)
         assert self._before is not None
-        fallen = (self._before - losses_of(self.canaries)).double().cpu().numpy()
-        usable = np.where(np.isnan(fallen), -np.inf, fallen)
+        fallen = (self._before - losses_of(self.canaries)).double().nan_to_num(-math.inf, math.inf, -math.inf)
+        scores = fallen.cpu().numpy().round(6)
         kind = f"{self.canaries.kind}, fall of the loss"
-        return (Evidence(np.round(usable, 6), coins.included, kind),)
+        return (Evidence(scores, coins.included, kind),)

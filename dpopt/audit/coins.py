@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,9 +67,7 @@ def sealed(ledger: Path, coins: Coins) -> None:
     _put(files(ledger)[0], {"run": coins.commitment, "sealed": True})
 
 
-def opened(
-    ledger: Path, coins: Coins, evidence: Sequence[Evidence], about: Mapping[str, object]
-) -> None:
+def opened(ledger: Path, coins: Coins, evidence: Sequence[Evidence], about: Mapping[str, object]) -> None:
     """Write coins and scores of a run that has ended; the scores first.
 
     Raises:
@@ -98,7 +96,7 @@ def read_evidence(ledger: Path) -> tuple[Evidence, ...]:
             "dpopt finetune --audit canaries=1000"
         )
     runs = _runs(coins_at)
-    last = runs[-1] if runs else {"sealed": True}
+    last: dict[str, Any] = runs[-1] if runs else {"sealed": True}
     if last.get("sealed", True):
         raise ValueError(
             f"expected a run that has ended beside {ledger}; got one that still trains, or was killed, whose coins nobody "
@@ -120,14 +118,11 @@ def about(ledger: Path) -> Mapping[str, Any]:
     return _runs(files(ledger)[1])[-1]["about"]
 
 
-def told_on(evidence: Evidence, decimals: int = 6) -> Evidence:
-    """The same with scores that are written with so many decimals."""
-    return replace(evidence, scores=np.round(evidence.scores, decimals))
-
-
 def _require_committed(ledger: Path, run: Mapping[str, Any]) -> None:
     included = np.array(run["coins"], dtype=bool)
-    attempts = [record.payload["config"] for record in read(ledger).records if record.kind == "attempt"]
+    attempts: list[Any] = [
+        record.payload["config"] for record in read(ledger).records if record.kind == "attempt"
+    ]
     named = [attempt["audit"]["commitment"] for attempt in attempts if "audit" in attempt]
     whole = [np.array(one, dtype=bool) for one in run["included"] if len(one) == len(included)]
     told = _commitment(included, bytes.fromhex(run["salt"])) == run["run"] and run["run"] in named

@@ -49,5 +49,7 @@ def parsed(text: str) -> AuditRequest:
             f"expected a number of canaries from 2 on; got {number or 'none'}; canaries=1000 is usual"
         )
     if kind not in KINDS:
-        raise ValueError(f"expected canaries of a kind out of {', '.join(KINDS)}; got {kind!r}; leave it out for dirac")
+        raise ValueError(
+            f"expected canaries of a kind out of {', '.join(KINDS)}; got {kind!r}; leave it out for dirac"
+        )
     return AuditRequest(int(number), kind)

@@ -51,7 +51,9 @@ class Scores:
         self.sums, self.likelihoods = np.zeros(self.num), np.zeros(self.num)
         self._epoch = np.full(self.num, -math.inf)
 
-    def add(self, normal: Numbers, strength: float, drawn: NDArray[np.int64], here: NDArray[np.int64]) -> None:
+    def add(
+        self, normal: Numbers, strength: float, drawn: NDArray[np.int64], here: NDArray[np.int64]
+    ) -> None:
         """One step: u (m,), a, the canaries that took part, and those whose place was in the batch."""
         ratio = strength * normal - strength**2 / 2
         if self.kind == "known":  # everybody knows whose place is in the batch
@@ -87,7 +89,9 @@ class Scores:
         self.pairs.append(normal[chosen])
         self.took_part.append(np.arange(len(chosen)) < len(drawn))
 
-    def evidence(self, included: NDArray[np.bool_], *, alone: bool, noisy: bool, rate: float | None) -> tuple[Evidence, ...]:
+    def evidence(
+        self, included: NDArray[np.bool_], *, alone: bool, noisy: bool, rate: float | None
+    ) -> tuple[Evidence, ...]:
         """The evidence: of the whole run by the sum and the likelihood, and of its steps where these are alike.
 
         `alone` says that nothing but the noise and its own coins moves a canary's scores, `noisy` that there is noise;

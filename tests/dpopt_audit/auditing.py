@@ -35,12 +35,25 @@ def losses_of_users(model, batch):
 
 
 def audited(
-    num=40, *, noise=1.0, rate=0.5, estimator="flat", sampling=None, clip=0.5, audit="canaries", model=None, **options
+    num=40,
+    *,
+    noise=1.0,
+    rate=0.5,
+    estimator="flat",
+    sampling=None,
+    clip=0.5,
+    audit="canaries",
+    model=None,
+    **options,
 ):
     """(run, model, records); `audit` None: the same run without."""
     model = model_for(num) if model is None else model
     sampling = PoissonSampling(rate, rate * NUM) if sampling is None else sampling
-    made = named_estimator(estimator, Run(model, clip, NUM, sampling)) if isinstance(estimator, str) else estimator
+    made = (
+        named_estimator(estimator, Run(model, clip, NUM, sampling))
+        if isinstance(estimator, str)
+        else estimator
+    )
     run = PrivateTraining(
         model,
         estimator=made,

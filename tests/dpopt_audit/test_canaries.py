@@ -50,10 +50,16 @@ def test_every_estimator_takes_canaries_through_its_own_clipper(name):
     train(run, model, dataset, steps=4)
     scores, included = run.evidence[0].scores, included_of(run)
     shift = scores[included].mean() - scores[~included].mean()
-    if name in ("huber", "median", "geometric_median"):  # the records pull back what a centre has of the noise
+    if name in (
+        "huber",
+        "median",
+        "geometric_median",
+    ):  # the records pull back what a centre has of the noise
         assert shift > 0.2 and not run.evidence[0].independent and run.evidence[0].noise_std is None
         return
-    strength = math.sqrt((1 + 3 / 9) / 4) if name == "diff2" else 1.0  # three times the noise after the first step
+    strength = (
+        math.sqrt((1 + 3 / 9) / 4) if name == "diff2" else 1.0
+    )  # three times the noise after the first step
     assert shift == pytest.approx(math.sqrt(4) / 2 * strength, abs=0.25)
     assert scores[~included].std() == pytest.approx(1.0, abs=0.15) and run.evidence[0].noise_std == 1.0
 
@@ -104,7 +110,9 @@ def test_the_rate_of_a_record_never_rises():
             wide = widened(sampling, num)
             drawn = [parted(wide.draw(NUM + num, torch.Generator().manual_seed(i), i % wide.steps_per_charge), NUM, num)
                      for i in range(4)]  # fmt: skip
-            assert all(set(d.records) <= set(range(NUM)) and set(d.canaries) <= set(range(num)) for d in drawn)
+            assert all(
+                set(d.records) <= set(range(NUM)) and set(d.canaries) <= set(range(num)) for d in drawn
+            )
             if isinstance(wide, FixedSizeSampling):
                 assert wide.batch_size / wide.num_records <= sampling.batch_size / sampling.num_records
     with pytest.raises(ValueError, match="use PoissonSampling, or leave audit out"):
@@ -141,7 +149,11 @@ def test_what_is_charged_is_what_it_was_without():
 
 def test_a_dropped_noise_and_a_doubled_gradient_are_seen():
     known = {}
-    for name, mechanism in (("right", GaussianMechanism(2.0)), ("no noise", Quiet(2.0)), ("doubled", Doubled(2.0))):
+    for name, mechanism in (
+        ("right", GaussianMechanism(2.0)),
+        ("no noise", Quiet(2.0)),
+        ("doubled", Doubled(2.0)),
+    ):
         run, model, dataset = audited(400, rate=1.0, mechanism=mechanism, audit=canaries(400))
         train(run, model, dataset, steps=4)
         evidence = run.evidence[0]
@@ -177,7 +189,7 @@ def test_per_layer_canaries_lie_in_every_group_that_is_large_enough():
     data = torch.randn(5, 30, dtype=torch.float64)
     with run:
         for batch in run.batches(list(torch.zeros_like(data)), steps=1):
-            run.accumulate((model(torch.stack(batch.examples)).sum(1) * 0))
+            run.accumulate(model(torch.stack(batch.examples)).sum(1) * 0)
             run.release()
     number = included_of(run).sum()
     for parameter in model.parameters():

@@ -34,7 +34,9 @@ def test_guarantee_coins_are_fair_independent_and_secret(capfd):
     assert binomtest(int(rows.sum()), rows.size).pvalue > 1e-4
     together = np.corrcoef(rows.T.astype(float))[np.triu_indices(64, 1)]
     assert np.abs(together).max() < 5.5 / np.sqrt(2000)  # of 2,016 pairs
-    assert not np.array_equal(sealing.tossed(secret_key(), 64).included, sealing.tossed(secret_key(), 64).included)
+    assert not np.array_equal(
+        sealing.tossed(secret_key(), 64).included, sealing.tossed(secret_key(), 64).included
+    )
     coins = sealing.tossed(secret_key(), 64)
     assert repr(coins) == "Coins(64 <hidden>)"
     run, model, dataset = audited(ledger=LEDGER, insecure_seed=None)

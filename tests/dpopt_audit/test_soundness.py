@@ -46,7 +46,11 @@ def settings():
 def exceeded(sampler, estimator, tier, seed):
     """For each bound that applies: whether it lies above the claim of one run."""
     sampling, _ = SAMPLERS.get(sampler, (UserSampling(0.5, 6.0), ADD_REMOVE))
-    relation = ADD_REMOVE if sampler in ("poisson", "truncated-poisson", "users") or isinstance(sampling, BallsInBins) else REPLACE
+    relation = (
+        ADD_REMOVE
+        if sampler in ("poisson", "truncated-poisson", "users") or isinstance(sampling, BallsInBins)
+        else REPLACE
+    )
     made = estimator
     model = model_for(CANARIES)
     if estimator == "per_layer":
@@ -64,7 +68,9 @@ def exceeded(sampler, estimator, tier, seed):
     claim = run.epsilon(DELTA)
     found = {}
     for evidence in run.evidence:
-        for bound in (per_step,) if evidence.per_step else (*(WHOLE_RUN if evidence.independent else ()), *ANY):
+        for bound in (
+            (per_step,) if evidence.per_step else (*(WHOLE_RUN if evidence.independent else ()), *ANY)
+        ):
             if not evidence.independent and bound is per_step:
                 continue
             if bound is full_signal and evidence.noise_std is None:

@@ -35,7 +35,9 @@ def test_every_kind_of_canary_is_trained_and_scored(config, tiny_model, kind):
                                                ("balls-in-bins", "add-or-remove-one"), ("cyclic", "zero-out-one"),
                                                ("truncated-poisson", "add-or-remove-one")])  # fmt: skip
 def test_the_claim_is_what_was_planned_with_canaries(config, sampler, relation):
-    result = finetune(config(audit="canaries=30", sampler=sampler, relation=relation, epsilon=8.0, accountant="pld"))
+    result = finetune(
+        config(audit="canaries=30", sampler=sampler, relation=relation, epsilon=8.0, accountant="pld")
+    )
     assert result.report.epsilon <= 8.0
     assert read_evidence(result.out / LEDGER)[0].num_records == 30
 
@@ -45,7 +47,10 @@ def test_new_tokens_need_a_trained_embedding(config):
         finetune(config(audit="canaries=30,kind=new-tokens", lora_rank=2))
 
 
-@pytest.mark.parametrize("text", ["1000", "canaries=1", "canaries=many", "canaries=10,kind=loud", "kind=dirac", "canaries=9,canaries=8"])
+@pytest.mark.parametrize(
+    "text",
+    ["1000", "canaries=1", "canaries=many", "canaries=10,kind=loud", "kind=dirac", "canaries=9,canaries=8"],
+)
 def test_an_audit_that_cannot_be_read_is_refused(config, text):
     with pytest.raises(InputError, match=r"expected .*canaries.*; got .*; "):
         config(audit=text)
