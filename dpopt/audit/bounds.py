@@ -29,7 +29,8 @@ class LowerBound:
     """An epsilon that the run is not below, at a stated confidence, if the assumptions hold.
 
     `largest_possible` is what the same bound would have said of perfect scores: where it is below the claim, a low
-    `epsilon` says nothing in favour of the run. `observed` is what was counted or measured, in words.
+    `epsilon` says nothing in favour of the run. `observed` is what was counted or measured, in words; `evidence` the kind
+    of the scores where several were looked at.
     """
 
     name: str
@@ -39,6 +40,12 @@ class LowerBound:
     assumptions: tuple[str, ...]
     largest_possible: float
     observed: str
+    evidence: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name, and the kind of the scores where that is told."""
+        return f"{self.name} ({self.evidence})" if self.evidence else self.name
 
 
 def check_arguments(delta: float, confidence: float) -> float:

@@ -22,6 +22,7 @@ from dpopt.audit.bounds import (
 from dpopt.audit.evidence import BoolArray, Evidence
 from dpopt.audit.families import GAUSSIAN
 
+_LARGE = 1e150  # the square of a larger score is none any more
 ONE_GAUSSIAN = "each score is a constant, or a constant more when included, plus Gaussian noise"
 
 
@@ -107,8 +108,9 @@ def shift_in_noise(evidence: Evidence, significance: float, name: str) -> float:
             f"{name} must know the deviation of Gaussian noise in the scores; got evidence of kind {evidence.kind!r} without "
             "noise_std; use gdp_scores or order_statistics"
         )
-    scores, included = evidence.scores / noise, evidence.included
-    if not _usable(evidence) or not np.isfinite(scores).all():
+    with np.errstate(over="ignore"):
+        scores, included = evidence.scores / noise, evidence.included
+    if not _usable(evidence) or np.abs(scores).max() > _LARGE:
         return 0.0
     variances = [max(1.0, _variance(scores[side])) / side.sum() for side in (included, ~included)]
     shift = float(scores[included].mean() - scores[~included].mean())
@@ -147,7 +149,7 @@ def least_noncentrality(degrees: int, statistic: float, significance: float) -> 
 
 def _usable(evidence: Evidence) -> bool:
     both = 0 < evidence.num_included < evidence.num_records
-    return both and bool(np.isfinite(evidence.scores).all())
+    return both and bool(np.abs(evidence.scores).max() <= _LARGE)
 
 
 def _variance(scores: np.ndarray) -> float:

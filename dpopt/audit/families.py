@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from scipy.special import ndtr, ndtri
 
-from accountants import Composed, Event, Gaussian, PoissonSampled, Repeated, accountant
+from accountants import Composed, Curve, Event, Gaussian, PoissonSampled, Repeated, accountant
 
 MOST = 1e4
 """The greatest strength looked at; for Gaussian noise, one ten-thousandth of the sensitivity."""
@@ -59,6 +59,27 @@ GAUSSIAN = Family(
     power=_gaussian_power,
 )
 """Gaussian differential privacy; the strength is mu = sensitivity / noise (Dong, Roth, Su 2022, arXiv:1905.02383)."""
+
+
+def gaussian_covers(curve: Curve, epsilon: float, delta: float, num_records: int) -> bool:
+    """Whether a run leaks no more than the Gaussian release of (epsilon, delta), as far as so many records can tell.
+
+    Args:
+        curve: the price of the run; `epsilon` is not below its epsilon at `delta`.
+        epsilon: of the claim.
+        delta: of the claim.
+        num_records: how many records look for it; at 33 losses up to the claim the run's delta may lie above
+            the Gaussian's by a thousandth of 1 / num_records, which moves no probability of theirs by more than that.
+    """
+    if not (0 < epsilon < math.inf and delta > 0):
+        return False
+    low, high = 0.0, MOST
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if GAUSSIAN.epsilon(middle, delta) <= epsilon else (low, middle)
+    release = accountant("pld").curve(_gaussian(high))
+    losses = (epsilon * i / 32 for i in range(33))
+    return all(curve.delta(loss) <= release.delta(loss) + 1e-3 / num_records for loss in losses)
 
 
 def any_mechanism(delta: float) -> Family:
