@@ -21,6 +21,7 @@ from clipping.points import Points
 from dpopt.audit import coins as sealing
 from dpopt.audit.canaries import LENGTH, Canaries
 from dpopt.audit.coins import Coins
+from dpopt.audit.costs import measured, stated
 from dpopt.audit.drawing import Drawn, law_of, own_coins, parted
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.honest import require_honest
@@ -81,7 +82,9 @@ class Audited:
         assert self._coins is not None
         self._charges_before = charges_before
         sealing.sealed(ledger, self._coins)
-        print(f"dpopt: audit: {self.statement()}", file=sys.stderr)
+        clipper = self._step.contribution.clipper
+        said = stated(self.canaries, self._sampling, self._places, clipper, self._mechanism)
+        print(f"dpopt: audit: {said}", file=sys.stderr)
 
     def close(self, ledger: Path) -> None:
         """The run has ended: score what is left to score, and open the coins. Once; nothing where nothing was released.
@@ -93,7 +96,11 @@ class Audited:
         if coins is None or not self._scores.informations:
             return
         self.evidence = self._scored(coins)
-        sealing.opened(ledger, coins, self.evidence, self.measured())
+        told = measured(
+            self.canaries, self._places, self._step.contribution.clipper, self._mechanism,
+            steps=len(self._scores.informations), joined=self._num_joined,
+        )  # fmt: skip
+        sealing.opened(ledger, coins, self.evidence, told | {"charges_before": self._charges_before})
 
     def joined(self, dataset: Records[object]) -> Records[object]:
         """The data set, and behind it the input canaries that may be drawn."""
@@ -164,48 +171,6 @@ class Audited:
         strength = math.sqrt(self._information)
         took_part = self._here[self._coins.included[self._here]]
         self._scores.add(self._normal / strength, strength, took_part, self._here)
-
-    # -- what it costs ----------------------------------------------------------------------------------
-
-    def statement(self) -> str:
-        """What the canaries will cost the run, before it begins."""
-        kind, rate = law_of(self._sampling)
-        share = (
-            rate
-            if kind == "each step"
-            else 1 / rate
-            if kind == "once in"
-            else 1 / self._sampling.steps_per_charge
-        )
-        mean = share * self.canaries.num / 2
-        said = (
-            f"{self.canaries.num} canaries ({self.canaries.kind}), each in by a secret fair coin, are drawn and paid for as "
-            "records; no record takes part more often for them, so they cost no budget. "
-        )
-        if self._places is None:
-            return said + f"About {mean:.3g} of them join each batch, and are learnt like records"
-        step = self._step.contribution.clipper.sensitivity
-        noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(self._places.num_coordinates)
-        return (
-            f"{said}They lie at {self._places.num_touched:,} of {self._places.num_coordinates:,} trained coordinates "
-            f"({self._places.num_touched / self._places.num_coordinates:.2%}); about {mean:.3g} of them join each step, which "
-            f"moves its sum by {step * math.sqrt(mean):.3g}, beside noise of norm {step * noise:.3g}"
-        )
-
-    def measured(self) -> dict[str, object]:
-        """What they did cost: public, as everything the canaries are is made up."""
-        steps = len(self._scores.informations)
-        told: dict[str, object] = {"steps": steps, "canaries": self.canaries.num, "joined": self._num_joined}
-        told["charges_before"] = self._charges_before
-        if self._places is not None:
-            step = self._step.contribution.clipper.sensitivity
-            noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(
-                self._places.num_coordinates
-            )
-            told["moved_each_step"] = step * math.sqrt(self._num_joined / steps)
-            told["norm_of_noise"] = step * noise
-            told["share_of_coordinates"] = self._places.num_touched / self._places.num_coordinates
-        return told
 
     # -----------------------------------------------------------------------------------------------------
 

@@ -108,9 +108,10 @@ def read_evidence(ledger: Path) -> tuple[Evidence, ...]:
             f"expected the scores of the run {last['run'][:12]} in {scores_at}; got none that fit; put the file back, "
             "or train anew"
         )
-    _require_committed(ledger, last)
     pairs = zip(scores[0]["evidence"], last["included"], strict=True)
-    return tuple(Evidence.from_json(json.dumps(told | {"included": took_part})) for told, took_part in pairs)
+    found = tuple(Evidence.from_json(json.dumps(told | {"included": took_part})) for told, took_part in pairs)
+    _require_committed(ledger, last, [one.included for one in found if not one.per_step])
+    return found
 
 
 def about(ledger: Path) -> Mapping[str, Any]:
@@ -118,15 +119,14 @@ def about(ledger: Path) -> Mapping[str, Any]:
     return _runs(files(ledger)[1])[-1]["about"]
 
 
-def _require_committed(ledger: Path, run: Mapping[str, Any]) -> None:
+def _require_committed(ledger: Path, run: Mapping[str, Any], told: Sequence[BoolArray]) -> None:
     included = np.array(run["coins"], dtype=bool)
     attempts: list[Any] = [
         record.payload["config"] for record in read(ledger).records if record.kind == "attempt"
     ]
     named = [attempt["audit"]["commitment"] for attempt in attempts if "audit" in attempt]
-    whole = [np.array(one, dtype=bool) for one in run["included"] if len(one) == len(included)]
-    told = _commitment(included, bytes.fromhex(run["salt"])) == run["run"] and run["run"] in named
-    if not told or not all(np.array_equal(one, included) for one in whole):
+    fits = _commitment(included, bytes.fromhex(run["salt"])) == run["run"] and run["run"] in named
+    if not fits or not all(np.array_equal(one, included) for one in told):
         raise ValueError(
             f"expected the coins whose hash is on the ledger {ledger}; got others: they were changed after the run, or are "
             "of another ledger; put the files of this run back"

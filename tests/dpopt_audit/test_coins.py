@@ -133,6 +133,16 @@ def test_a_run_that_is_killed_opens_nothing_and_loses_nothing():
     assert sealing.about(LEDGER)["charges_before"] == 5
 
 
+def test_single_steps_may_be_as_many_as_canaries():
+    for seed in range(4):  # rate 1 and one step: as many pairs as canaries, where half of them are in
+        run, model, dataset = audited(
+            8, ledger=LEDGER.with_name(f"{seed}.jsonl"), rate=1.0, insecure_seed=seed
+        )
+        train(run, model, dataset, steps=1)
+        found = read_evidence(LEDGER.with_name(f"{seed}.jsonl"))
+        assert [one.num_records for one in found[:1]] == [8]
+
+
 def test_an_interrupted_run_has_the_evidence_of_its_steps():
     run, model, dataset = audited(ledger=LEDGER)
     with pytest.raises(KeyboardInterrupt), run:

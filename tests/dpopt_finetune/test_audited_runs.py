@@ -19,13 +19,16 @@ def test_every_kind_of_canary_is_trained_and_scored(config, tiny_model, kind):
     result = finetune(config(audit=f"canaries=40,kind={kind}", steps=3))
     evidence = read_evidence(result.out / LEDGER)
     assert evidence[0].num_records == 40 and 0 < evidence[0].num_included < 40
-    assert evidence[0].kind.startswith(kind.replace("-", " ")) or kind == "dirac"
+    assert evidence[0].kind.startswith(kind.replace("-", " ")) or kind.startswith("dirac")
+    assert evidence[0].independent == (kind == "dirac")
     for name in ("audit-coins.json", "audit-scores.json"):
         assert stat.S_IMODE((result.out / name).stat().st_mode) == 0o600
     # What was added for the audit is not in the model that is saved.
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded = AutoModelForCausalLM.from_pretrained(result.saved_as)
-    assert loaded.lm_head.weight.shape == base.lm_head.weight.shape
+    assert {n: p.shape for n, p in loaded.state_dict().items()} == {
+        n: p.shape for n, p in base.state_dict().items()
+    }
     told = json.loads((result.out / "report.json").read_text())
     assert told["audit"] == f"40 canaries ({kind})"
     assert "dpopt audit" in (result.out / "report.md").read_text()
@@ -56,3 +59,16 @@ def test_an_audit_that_cannot_be_read_is_refused(config, text):
         config(audit=text)
     with pytest.raises(ValueError):
         parsed(text)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # raised by peft
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"estimator": "per_layer"}, {"estimator": "median"}, {"secure": True},
+                                     {"averaging": 0.9}, {"optimizer": "adam-bc"}])  # fmt: skip
+def test_an_audit_goes_with_every_way_to_tune(config, options):
+    if "secure" in options:
+        pytest.importorskip("cryptography")
+    result = finetune(config(audit="canaries=40", **options))
+    assert read_evidence(result.out / LEDGER)[0].num_records == 40
+    assert not hasattr(result.model, "audit_canaries")
