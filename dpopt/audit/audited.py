@@ -98,7 +98,7 @@ class Audited:
         self.evidence = self._scored(coins)
         told = measured(
             self.canaries, self._places, self._step.contribution.clipper, self._mechanism,
-            steps=len(self._scores.informations), joined=self._num_joined,
+            steps=len(self._scores.informations), joined=self._num_joined if own_coins(self._sampling) else None,
         )  # fmt: skip
         sealing.opened(ledger, coins, self.evidence, told | {"charges_before": self._charges_before})
 

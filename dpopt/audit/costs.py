@@ -48,10 +48,14 @@ def measured(
     steps: int,
     joined: int,
 ) -> dict[str, object]:
-    """What they did cost in `steps` steps, which `joined` of them joined in all; of made-up records, so public."""
+    """What they did cost in `steps` steps, which `joined` of them joined in all.
+
+    None: not told, as where batches have a fixed size it would tell how many records were drawn.
+    """
     told: dict[str, object] = {"steps": steps, "canaries": canaries.num, "joined": joined}
     if places is not None:
-        told["moved_each_step"] = _length(places, clipper) * math.sqrt(joined / steps)
+        moved = None if joined is None else _length(places, clipper) * math.sqrt(joined / steps)
+        told["moved_each_step"] = moved
         told["norm_of_noise"] = _noise(places, clipper, mechanism)
         told["share_of_coordinates"] = places.num_touched / places.num_coordinates
     return told

@@ -11,8 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accountants import ADD_REMOVE, REPLACE, ZERO_OUT
-from dpopt import FlatClipper, GaussianMechanism, PoissonSampling, PrivacyEngine, PrivateTraining
+from dpopt import (
+    BatchMemoryManager,
+    FlatClipper,
+    GaussianMechanism,
+    PoissonSampling,
+    PrivacyEngine,
+    PrivateTraining,
+)
 from dpopt.audit import Canaries, mislabelled
+from dpopt.audit.coins import about
 from dpopt.audit.drawing import parted, widened
 from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
 from dpopt.sampling import FixedSizeSampling, TruncatedPoissonSampling
@@ -228,6 +236,31 @@ def test_the_familiar_door_audits():
         engine.evidence  # noqa: B018
     engine.detach()
     assert engine.evidence[0].num_records == 40 and engine.evidence[2].num_steps == 6
+
+
+@pytest.mark.parametrize(
+    "sampler, relation", [("fixed-size", REPLACE), ("balls-in-bins", ADD_REMOVE), ("poisson", ADD_REMOVE)]
+)
+def test_the_familiar_door_audits_within_its_target(sampler, relation):
+    model = model_for(40, torch.float32)
+    data = TensorDataset(torch.stack(records(40, dtype=torch.float32)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with PrivacyEngine(sampler=sampler, relation=relation) as engine:
+        model, optimizer, loader = engine.make_private_with_epsilon(
+            module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=5), target_epsilon=4.0,
+            target_delta=1e-3, epochs=2, max_grad_norm=1.0, audit=canaries(40),
+        )  # fmt: skip
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as small:
+            for _ in range(2):
+                for (rows,) in small:
+                    optimizer.zero_grad()
+                    (model(rows) - 1).square().mean().backward()
+                    optimizer.step()
+        assert engine.get_epsilon(1e-3) <= 4.0
+    assert engine.evidence[0].num_records == 40
+    # How many records were drawn is told nowhere: where batches have a fixed size, neither is the number of canaries.
+    joined = about(engine.training.ledger_path)["joined"]
+    assert (joined is None) == (sampler == "fixed-size")
 
 
 @pytest.mark.parametrize("door", ["explicit", "familiar"])
