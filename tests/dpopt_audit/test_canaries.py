@@ -102,6 +102,18 @@ def test_every_sampler_draws_canaries_as_often_as_records(name, randomness):
         assert times.mean() == pytest.approx(10, abs=4 * math.sqrt(5 / 100))
 
 
+@pytest.mark.parametrize("name", ["poisson", "balls-in-bins", "cyclic"])
+def test_a_canary_that_is_out_scores_as_the_noise_does(name):
+    sampling, relation = SAMPLERS[name]
+    run, model, dataset = audited(400, noise=2.0, sampling=sampling, relation=relation, audit=canaries(400))
+    train(run, model, dataset, steps=6)
+    for evidence in run.evidence:
+        if evidence.noise_std is not None:
+            out = evidence.scores[~evidence.included] / evidence.noise_std
+            assert out.std() == pytest.approx(1.0, abs=4.5 / math.sqrt(2 * len(out)))
+            assert out.mean() == pytest.approx(0.0, abs=4.5 / math.sqrt(len(out)))
+
+
 def test_users_have_canaries_beside_them():
     dataset = Users.of(records(40), [i // 2 for i in range(NUM)], max_records=2)
     run, model, _ = audited(noise=0.0, sampling=UserSampling(1.0, 6.0))
