@@ -318,3 +318,22 @@ def test_coins_decide_about_half_of_them():
     run, model, dataset = audited(2000, audit=canaries(2000), insecure_seed=None)
     train(run, model, dataset, steps=1)
     assert 0.4 < np.mean(included_of(run)) < 0.6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_canaries_are_as_long_whatever_the_loss_is_of(reduction):
+    model = model_for(40)
+    data = TensorDataset(torch.stack(records(40)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with PrivacyEngine(accountant="rdp") as engine:
+        model, optimizer, loader = engine.make_private(
+            module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=NUM), noise_multiplier=0.0,
+            max_grad_norm=0.5, audit=canaries(40), loss_reduction=reduction,
+        )  # fmt: skip
+        (rows,) = next(iter(loader))
+        found = (model(rows) - 1).square()
+        (found.mean() if reduction == "mean" else found.sum()).backward()
+        optimizer.step()
+    released = model.weight.grad[0, FEATURES:] * (NUM if reduction == "mean" else 1)
+    included = torch.tensor(engine.evidence[0].included)
+    torch.testing.assert_close(released, 0.5 * included.double(), rtol=1e-12, atol=0)
