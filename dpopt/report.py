@@ -220,7 +220,11 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("Ledger id", f"`{report.ledger_id}`"),
             ("Ledger head", f"`{report.ledger_head}`"),
             ("Charges", f"{report.ledger_charges}, of which {report.ledger_charges_before} before this run"),
-            *(() if report.audit is None else (("Audit", f"{report.audit}, among the records; ask `dpopt audit`"),)),
+            *(
+                ()
+                if report.audit is None
+                else (("Audit", f"{report.audit}, among the records; ask `dpopt audit`"),)
+            ),
             ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         ],
     }

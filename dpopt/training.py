@@ -173,7 +173,7 @@ class PrivateTraining:
             config = self._configuration() | ({} if told is None else {"audit": told})
             self._account.begin(ledger, config, self._prices, self.sampling.steps_per_charge)
             if self._audit is not None:
-                self._audit.begin(self._account.path)
+                self._audit.begin(self._account.path, ledger.num_charges)
             self._watch.attach(partial(self.__exit__, None, None, None))
         except BaseException:
             self._account.give_up(ledger)
@@ -421,7 +421,13 @@ class PrivateTraining:
             if audit is not None:
                 audit.join()
             released = release(
-                self._stage, self.sum, mechanism, self._tier, record.seq, size, None if audit is None else audit.see
+                self._stage,
+                self.sum,
+                mechanism,
+                self._tier,
+                record.seq,
+                size,
+                None if audit is None else audit.see,
             )
             if audit is not None:
                 audit.end_step()

@@ -123,7 +123,9 @@ class Canaries:
         """
         return widened(sampling, self.num)
 
-    def in_run(self, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum) -> Audited:
+    def in_run(
+        self, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
+    ) -> Audited:
         """These canaries in one run, which draws by the widened `sampling`; refused where they cannot be honest."""
         from dpopt.audit.audited import Audited  # it imports what a run is made of
 

@@ -18,7 +18,7 @@ from dpopt.sampling import FixedSizeSampling, PoissonSampling, Sampling, Truncat
 from dpopt.users import UserSampling
 
 _OWN_COINS = (PoissonSampling, UserSampling, BallsInBins)
-_SIZED = TypeVar("_SIZED", FixedSizeSampling, ShuffledSampling, CyclicSampling)
+_SIZED = TypeVar("_SIZED", bound=FixedSizeSampling | ShuffledSampling | CyclicSampling)
 
 
 def widened(sampling: Sampling, num_canaries: int) -> Sampling:

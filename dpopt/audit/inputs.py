@@ -86,7 +86,9 @@ def mislabelled(
     return found
 
 
-def random_tokens(num: int, length: int, vocabulary: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+def random_tokens(
+    num: int, length: int, vocabulary: Sequence[int], generator: torch.Generator
+) -> list[Tensor]:
     """`num` sequences of `length` token ids, each drawn evenly and independently out of `vocabulary`."""
     known = torch.tensor(list(vocabulary))
     return list(known[torch.randint(len(known), (num, length), generator=generator)])

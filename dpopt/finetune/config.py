@@ -89,7 +89,6 @@ class FinetuneConfig:
         if self.form is not None and not self.train:
             raise InputError("expected training files to take fields from; got none; pass --train")
 
-
     def audited(self) -> AuditRequest | None:
         """The audit that is asked for.
 

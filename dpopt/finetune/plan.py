@@ -19,7 +19,7 @@ from dpopt.configuration import accountant_of
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.named import Run, named_estimator
 from dpopt.estimators.prices import require_priced
-from dpopt.finetune.auditing import LanguageCanaries, with_new_tokens
+from dpopt.finetune.auditing import LanguageCanaries, with_room
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.continuing import LEDGER_NAME, REPORT_NAME, require_reported
 from dpopt.finetune.corpus import Corpus, load_corpus
@@ -104,7 +104,9 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
     )
     listener.stage("loading the model")
     name, model, tokenizer = _model(config)
-    num_known = with_new_tokens(model, config.audited(), lora_rank=config.lora_rank)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_known = with_room(model, config.audited(), lora_rank=config.lora_rank)
     listener.stage("computing the noise")
     privacy = _privacy(config, corpus, model, config.ledger or out / LEDGER_NAME)
     max_tokens = _max_tokens(config, model)
@@ -126,8 +128,8 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         physical_batch_size=config.physical_batch_size,
         max_tokens=max_tokens,
         lora_rank=config.lora_rank,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
         public_validation=len(validation),
         validation_note=corpus.validation_note,
         eval_every=config.eval_every or max(1, math.ceil(privacy.steps / NUM_EVALUATIONS)),

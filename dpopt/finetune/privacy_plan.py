@@ -65,7 +65,9 @@ class PrivacyPlan:
     @property
     def sampling(self) -> Sampling:
         """The sampler of the run, which is priced."""
-        return widened(self.records_sampling, self.num_canaries) if self.num_canaries else self.records_sampling
+        return (
+            widened(self.records_sampling, self.num_canaries) if self.num_canaries else self.records_sampling
+        )
 
     @property
     def sampling_rate(self) -> float:

@@ -14,6 +14,7 @@ from clipping import Dense, Outer, Routed, Rows, SampleGrads, Sum, add, cross
 from clipping.clamped import Clamped
 from clipping.costs import Costs, settled
 from clipping.grads import CHUNK_ELEMENTS
+from clipping.points import Points
 from clipping.shifted import Shifted
 
 F64 = torch.float64
@@ -40,6 +41,14 @@ def routed(num_examples, experts=3, slots=5, dtype=F64, shape=(V, D)):
     index = torch.randint(0, experts, (num_examples, slots))
     left, right = (torch.randn(num_examples, slots, size, dtype=F64).to(dtype) for size in shape)
     return Routed(index, left, right, experts)
+
+
+def points(num_examples, shape=(V, D), dtype=F64):
+    rows = torch.arange(num_examples).repeat(2)
+    first = torch.randint(0, shape[0] * shape[1] // 2, (num_examples,))
+    places = torch.cat((first, first + shape[0] * shape[1] // 2))
+    values = torch.randn(2 * num_examples, dtype=F64).to(dtype)
+    return Points(rows, places, values, num_examples, torch.Size(shape))
 
 
 def total(*makers):
@@ -69,6 +78,9 @@ PLAIN: dict[str, Callable[..., SampleGrads]] = {
     "rows": rows,
     "rows, one position": lambda n, dtype=F64: rows(n, positions=1, dtype=dtype),
     "rows, few and repeated": lambda n, dtype=F64: rows(n, (2, D), positions=30, dtype=dtype),
+    "points": points,
+    "points + rows": total(points, rows),
+    "dense + points": total(dense, points),
     "routed": routed,
     "routed, one slot": lambda n, dtype=F64: routed(n, slots=1, dtype=dtype),
     "routed, one expert": lambda n, dtype=F64: routed(n, 1, 30, dtype),
@@ -267,6 +279,8 @@ def _mapped(grads, change):
             return Sum(tuple(_mapped(part, change) for part in grads.parts))
         case Shifted():
             return Shifted(_mapped(grads.grads, change), grads.centre.double(), grads.present)
+        case Points():
+            return dataclasses.replace(grads, values=change(grads.values))
         case Clamped():
             return Clamped(_mapped(grads.grads, change), grads.bound)
 
