@@ -20,6 +20,8 @@ from dpopt.audit.evidence import Evidence
 from dpopt.audit.verdict import Claim, Verdict, rounded_down
 from dpopt.report import page, rounded_up
 
+_ENDLESS = 1e3  # an epsilon above it is told as none
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
@@ -55,7 +57,7 @@ class AuditReport:
 
 def could_show(bound: LowerBound) -> str:
     """What the bound could have shown at most, for people."""
-    return "no limit" if math.isinf(bound.largest_possible) else rounded_down(bound.largest_possible)
+    return "no limit" if bound.largest_possible > _ENDLESS else rounded_down(bound.largest_possible)
 
 
 def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
@@ -83,7 +85,7 @@ def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
         "<h2>Controls</h2>",
         _table(
             ("Control", "Came out as it must", "What was seen"),
-            [(c.name, "yes" if c.passed else "NO", c.observed) for c in report.controls],
+            [(f"{c.kind}: {c.name}", "yes" if c.passed else "NO", c.observed) for c in report.controls],
         ),
         "<h2>The evidence</h2>",
     ]

@@ -55,6 +55,7 @@ def audit_runs(paths: Sequence[Path], *, delta: float | None = None, confidence:
     tried = (
         controls.positive(pooled, again, claim.epsilon),
         controls.negative(pooled, again, confidence),
+        *((controls.power(pooled, again, claim.epsilon, delta),) if 0 < claim.epsilon < math.inf else ()),
         *(found for one in pooled if (found := controls.noise(one)) is not None),
     )
     attempts = [attempt.config for history in histories for attempt in summary(history).attempts]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpopt.audit.bounds import LowerBound
-from dpopt.audit.controls import Control
+from dpopt.audit.controls import NEGATIVE, POSITIVE, POWER, Control
 from dpopt.report import rounded_up
 
 STANDS, REFUTED, NO_POWER = 0, 1, 3
@@ -69,11 +69,9 @@ def verdict(
     could = max(bound.largest_possible for bound in bounds)
     sure = f"at {100 * confidence:.4g} % confidence"
     at = f"at delta {claim.delta:g}"
-    unsound = [
-        control.name for control in controls if control.name.startswith("negative") and not control.passed
-    ]
-    if unsound:
-        told = f"No verdict: this audit sees leaks where there are none ({unsound[0]}), so an assumption of its bounds is wrong."
+    unsound = _failed(controls, NEGATIVE)
+    if unsound is not None:
+        told = f"No verdict: this audit sees leaks where there are none ({unsound.observed}); an assumption of its bounds fails."
         return Verdict(told, NO_POWER, best)
     if best.epsilon > claim.epsilon:
         shown, claimed = _apart(best.epsilon, claim.epsilon)
@@ -84,23 +82,34 @@ def verdict(
     if math.isinf(claim.epsilon):
         told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {rounded_down(best.epsilon)} {at}."
         return Verdict(told, STANDS, best)
-    blind = [
-        control.name for control in controls if control.name.startswith("positive") and not control.passed
-    ]
-    if blind or could < _FAR * claim.epsilon:
-        why = (
-            f"its control ({blind[0]}) was not detected"
-            if blind
-            else f"perfect scores could have shown epsilon {rounded_down(could)} at most; audit with more canaries"
-        )
-        return Verdict(
-            f"No power: this audit says nothing of the claim of epsilon {rounded_up(claim.epsilon)} {at}: {why}.",
-            NO_POWER,
-            best,
-        )
+    why = _powerless(claim, could, controls)
+    if why is not None:
+        told = f"No power: this audit says nothing of the claim of epsilon {rounded_up(claim.epsilon)} {at}: {why}."
+        return Verdict(told, NO_POWER, best)
     told = f"Not refuted: the run claims epsilon {rounded_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
     rest = "" if could > claim.epsilon else f"; more than {rounded_down(could)} could not have been shown"
     return Verdict(f"{told}{rounded_down(best.epsilon)} ({best.name}){rest}.", STANDS, best)
+
+
+def _powerless(claim: Claim, could: float, controls: Sequence[Control]) -> str | None:
+    """Why an audit could not have refuted the claim; None where it could have."""
+    if could < _FAR * claim.epsilon:
+        return (
+            f"perfect scores could have shown epsilon {rounded_down(could)} at most; audit with more canaries"
+        )
+    blind = _failed(controls, POSITIVE)
+    if blind is not None:
+        return f"its positive control, {blind.name}, was not detected"
+    weak = _failed(controls, POWER)
+    return (
+        None
+        if weak is None
+        else f"{weak.name} {weak.observed}; audit with more canaries, more steps or a higher rate"
+    )
+
+
+def _failed(controls: Sequence[Control], kind: str) -> Control | None:
+    return next((control for control in controls if control.kind == kind and not control.passed), None)
 
 
 def rounded_down(value: float, digits: int = 2) -> str:

@@ -108,7 +108,7 @@ def _show(console: Console, report: AuditReport, folder: Path) -> None:
     for control in report.controls:
         passed = "[green]as it must[/]" if control.passed else "[bold red]NOT as it must[/]"
         console.print(
-            f"control, {escape(control.name)}: {passed}; {escape(control.observed)}",
+            f"control, {escape(f'{control.kind}: {control.name}')}: {passed}; {escape(control.observed)}",
             highlight=False,
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ from dpopt.audit import Evidence, LowerBound
 from dpopt.audit.audit_plots import bounds_picture, scores_picture
 from dpopt.audit.audit_report import AuditReport, to_html
 from dpopt.audit.battery import first_of_each, lower_bounds, of_many_runs
-from dpopt.audit.controls import Control, negative, noise, positive, redrawn, released
+from dpopt.audit.controls import Control, negative, noise, positive, power, redrawn, released
 from dpopt.audit.families import GAUSSIAN, gaussian_covers
 from dpopt.audit.verdict import Claim, rounded_down, verdict
 
@@ -29,7 +29,7 @@ def bound(epsilon, could=math.inf, name="made"):
 
 
 CLAIM = Claim(4.0, DELTA, "pld", ("assumed",))
-SEEN = Control("positive: released coins", True, "")
+SEEN = Control("positive", "released coins", True, "")
 
 
 def test_guarantee_the_largest_of_all_bounds_holds_at_the_stated_confidence():
@@ -86,9 +86,10 @@ def test_many_runs():
         (CLAIM, [bound(math.inf)], [SEEN], 1, "infinity"),
         (CLAIM, [bound(1.0, could=1.9)], [SEEN], 3, "1.90 at most"),
         (CLAIM, [bound(1.0, could=3.4)], [SEEN], 0, "more than 3.40 could not have been shown"),
-        (CLAIM, [bound(1.0)], [Control("positive: a twin", False, "")], 3, "not detected"),
-        (CLAIM, [bound(5.0)], [Control("positive: a twin", False, "")], 1, "Refuted"),
-        (CLAIM, [bound(5.0)], [SEEN, Control("negative: other coins", False, "")], 3, "No verdict"),
+        (CLAIM, [bound(1.0)], [Control("positive", "a twin", False, "")], 3, "not detected"),
+        (CLAIM, [bound(5.0)], [Control("positive", "a twin", False, "")], 1, "Refuted"),
+        (CLAIM, [bound(0.1)], [SEEN, Control("power", "a leak", False, "shows 0.4")], 3, "a leak shows 0.4; audit with"),
+        (CLAIM, [bound(5.0)], [SEEN, Control("negative", "other coins", False, "9 of 20")], 3, "No verdict"),
         (Claim(math.inf, DELTA, "pld", ()), [bound(9.0)], [SEEN], 0, "Nothing to refute"),
     ],
 )  # fmt: skip
@@ -118,7 +119,10 @@ def test_controls():
     assert not told.passed and told.observed.startswith("20 of 20")
     assert max(b.epsilon for b in bounds((redrawn(one, rng),))) < 0.3
     assert released(one).included is not one.scores and released(one).scores[one.included].min() > 90
+    assert power((one,), bounds, 4.0, DELTA).passed
+    assert not power((gaussian(rng, 20, 0.0),), bounds, 1.0, DELTA).passed
     steps = Evidence(one.scores, one.included, "steps", True, None, 10, 0.5)
+    assert power((steps,), bounds, 4.0, DELTA).passed
     assert redrawn(steps, rng).num_included == one.num_included
 
 
@@ -144,7 +148,7 @@ def report():
     rng = np.random.default_rng(6)
     evidence = (gaussian(rng, 300, mu_of(4.0)), loss_like(rng, 20, 0.0))
     bounds = lower_bounds(evidence, DELTA, family=GAUSSIAN)
-    controls = (SEEN, Control("<odd>", False, "&"))
+    controls = (SEEN, Control("noise as recorded", "<odd>", False, "&"))
     return AuditReport(
         runs=("<run>",), claim=CLAIM, verdict=verdict(CLAIM, bounds, controls, 0.95), confidence=0.95, bounds=bounds,
         controls=controls, evidence=evidence, about={"slower": math.inf},
