@@ -18,7 +18,7 @@ from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import Control
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.verdict import Claim, Verdict
-from dpopt.report import page, rounded_up
+from dpopt.reports.report import page, rounded_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
