@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.evidence import Evidence, FloatArray
 from dpopt.audit.verdict import Claim, rounded_down
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 _INK, _GREY, _BLUE, _ORANGE = "#1c2430", "#8a94a6", "#2f6fde", "#d9622b"
 

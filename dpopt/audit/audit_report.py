@@ -18,7 +18,7 @@ from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import Control
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.verdict import Claim, Verdict, rounded_down
-from dpopt.report import page, rounded_up
+from dpopt.reports.report import page, rounded_up
 
 _ENDLESS = 1e3  # an epsilon above it is told as none
 

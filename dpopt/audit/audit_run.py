@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from accountants import Bound, History, UnpricedEvent, accountant, ledger_bound, read
-from accountants.summary import summary
+from accountants.ledger.summary import summary
 from dpopt.audit import controls
 from dpopt.audit.audit_report import AuditReport
 from dpopt.audit.battery import lower_bounds, of_many_runs
@@ -19,7 +19,7 @@ from dpopt.audit.coins import about, files, read_evidence
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.families import GAUSSIAN, Family, gaussian_covers
 from dpopt.audit.verdict import Claim, verdict
-from dpopt.ledgers import insecurity
+from dpopt.budget.ledger_files import insecurity
 
 _REPORT = "report.json"
 

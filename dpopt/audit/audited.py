@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipping.points import Points
+from clipping.gradients.points import Points
+from clipping.step.step_sum import StepSum
 from dpopt.audit import coins as sealing
 from dpopt.audit.canaries import LENGTH, Canaries
 from dpopt.audit.coins import Coins
@@ -31,8 +32,8 @@ from dpopt.audit.scoring import Scores
 from dpopt.estimators.estimator import Estimator
 from dpopt.mechanisms import Mechanism
 from dpopt.randomness import RandomKey, generator, insecure_key
+from dpopt.release.release import Seen
 from dpopt.sampling import PoissonSampling, Records, Sampling
-from dpopt.step import StepSum
 
 
 class Audited:
@@ -129,14 +130,14 @@ class Audited:
         for past in [n for n in self._drawn if n < number]:
             del self._drawn[past]
 
-    def join(self) -> None:
-        """Add the canaries that are drawn and in to the step's sum, through its clipper."""
+    def join(self) -> Seen:
+        """Add the canaries that are drawn and in to the step's sum, through its clipper; what shall see its releases."""
         self._normal[:], self._information = 0.0, 0.0
         assert self._coins is not None
         took_part = self._here[self._coins.included[self._here]]
         self._num_joined += len(took_part)
         if self._places is None or not len(took_part):
-            return
+            return self.see
         ranks = np.full(self.canaries.num, -1)
         ranks[took_part] = np.arange(len(took_part))
         scale = self._step.sums.scale(len(took_part))
@@ -145,6 +146,7 @@ class Audited:
             length = LENGTH * self._step.contribution.clipper.clip_norms[row] / scale
             found |= self._points(group, torch.from_numpy(ranks), len(took_part), length)
         self._step.join(found, len(took_part))
+        return self.see
 
     def see(self, released: Mapping[str, Tensor], stds: Mapping[str, float], divisor: float) -> None:
         """One release of the step: vectors and the deviation of their noise, both divided by `divisor`."""

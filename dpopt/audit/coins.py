@@ -26,9 +26,9 @@ from typing import IO, Any
 import numpy as np
 
 from accountants import read
+from dpopt.atomic_files import written_file
 from dpopt.audit.evidence import BoolArray, Evidence
-from dpopt.durable import written_file
-from dpopt.randomness import RandomKey, fair_coins, subkey
+from dpopt.randomness.keys import RandomKey, fair_coins, subkey
 
 COINS, SCORES = "audit-coins.json", "audit-scores.json"
 _USUAL = "privacy.ledger.jsonl"

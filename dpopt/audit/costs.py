@@ -46,7 +46,7 @@ def measured(
     mechanism: Mechanism,
     *,
     steps: int,
-    joined: int,
+    joined: int | None,
 ) -> dict[str, object]:
     """What they did cost in `steps` steps, which `joined` of them joined in all.
 

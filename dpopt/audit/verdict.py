@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import NEGATIVE, POSITIVE, POWER, Control
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 STANDS, REFUTED, NO_POWER = 0, 1, 3
 _FAR = 0.5  # of the claim: an audit that can show no more than this share of it says nothing about it

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import patience
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 if TYPE_CHECKING:
     from dpopt.audit.audit_report import AuditReport
@@ -72,10 +72,10 @@ def run(
     """
     errors = Console(stderr=True)
     with exit_codes(errors):
+        from dpopt.atomic_files import write_file
         from dpopt.audit.audit_plots import bounds_picture, scores_picture
         from dpopt.audit.audit_report import to_html
         from dpopt.audit.audit_run import audit_runs
-        from dpopt.durable import write_file
 
         with patience(errors, "auditing"):
             report = audit_runs(runs, delta=delta, confidence=confidence)

@@ -19,8 +19,8 @@ from dpopt.audit.canaries import DIRAC, Canaries
 from dpopt.audit.inputs import random_tokens
 from dpopt.audit.named import WEIGHTS, AuditRequest
 from dpopt.finetune.language_model import Tokens, collate, logits, padding, quiet
+from dpopt.finetune.record_files import InputError
 from dpopt.losses import causal_lm_losses
-from dpopt.records import InputError
 
 LAYER = "audit_canaries"
 LENGTH = 32

@@ -22,9 +22,15 @@ from dpopt import (
 from dpopt.audit import Canaries, mislabelled
 from dpopt.audit.coins import about
 from dpopt.audit.drawing import parted, widened
-from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
-from dpopt.sampling import FixedSizeSampling, TruncatedPoissonSampling
-from dpopt.users import Users, UserSampling
+from dpopt.sampling import (
+    BallsInBins,
+    CyclicSampling,
+    FixedSizeSampling,
+    ShuffledSampling,
+    TruncatedPoissonSampling,
+    Users,
+    UserSampling,
+)
 
 SAMPLERS = {
     "poisson": (PoissonSampling(0.5, 6.0), ADD_REMOVE),

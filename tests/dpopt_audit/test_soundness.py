@@ -23,9 +23,8 @@ from dpopt.audit import (
     per_step,
     steinke,
 )
-from dpopt.epochs import BallsInBins
-from dpopt.estimators.estimator import Plain
-from dpopt.users import Users, UserSampling
+from dpopt.estimators.plain import Plain
+from dpopt.sampling import BallsInBins, Users, UserSampling
 
 DELTA, CANARIES, STEPS = 1e-5, 200, 8
 ESTIMATORS = ("flat", "automatic", "psac", "per_layer", "quantile", "slack", "huber", "median", "geometric_median",
