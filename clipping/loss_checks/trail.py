@@ -138,7 +138,7 @@ def _readable(value: object) -> Hashable:
 
 def _tapped(node: Node, batch_dim: int, order: bytes | None) -> tuple[Place, ...]:
     call = node.call
-    owner, dims = id(call.deliver.__self__), call.dims
+    owner, dims = id(call.deliver.__self__.tape), call.dims
     found = []
     for number, metadata in enumerate(node._input_metadata):
         shape = tuple(metadata.shape)

@@ -251,7 +251,8 @@ class StepSum:
                 "expected same_examples() to end before its sum is used; got a release inside the block, which has "
                 "clipped nothing yet; call it after the block"
             )
-        self.admission.require_whole()
+        if self.admission.unfinished:
+            self.admission.require_whole()
 
     def require_nothing_pending(self) -> None:
         """Raise RuntimeError where gradients of private examples wait for their release."""
@@ -310,7 +311,8 @@ class StepSum:
         """The collector of one backward."""
         if self.probing.chosen is not None:
             return self.probing.collector()
-        self.admission.require_drawn()
+        if self.admission.num_drawn is None:
+            self.admission.require_drawn()
         if self.checks is not None:
             self.checks.require_proven()
         if self._merging is not None:
