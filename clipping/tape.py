@@ -38,6 +38,7 @@ from clipping.errors import UnrecordedParameter
 from clipping.folds import Folds
 from clipping.frames import Frames
 from clipping.grads import SampleGrads
+from clipping.hearing import Ear
 from clipping.layers import Layer, entries, recorded_layers, understood
 from clipping.meetings import Meeting
 from clipping.packed import packed_input, padded_gradients, refuse_packed
@@ -100,6 +101,7 @@ class Tape:
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
         self._rerunning = False
+        self._ear: Ear | None = None
         self._paused = False
         self._aside = False
         self.turns = Turns()
@@ -325,6 +327,16 @@ class Tape:
         finally:
             self._rerunning = known
 
+    @contextmanager
+    def heard(self, ear: Ear) -> Iterator[None]:
+        """Let `ear` hear the calls of recorded layers, which are recorded no further."""
+        known, self._ear = self._ear, ear
+        try:
+            with self._again():
+                yield
+        finally:
+            self._ear = known
+
     def _enter_child(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
@@ -368,6 +380,11 @@ class Tape:
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
+        if self._ear is not None and self._rerunning:
+            layer = self._by_module.get(id(module))
+            if layer is None or layer.module is not module or outputs is None:
+                return None
+            return self._ear(layer, args, kwargs, outputs)
         with torch._C.DisableTorchFunction():
             ended = None if self._rerunning else self._frames.end(module)
         if ended is None or outputs is None or self._paused:

@@ -35,16 +35,20 @@ class Probing:
 
     It runs on the first batch and again on those that `DUE` lists, since a branch that starts at zero mixes only
     once it has been trained; where the chosen examples send nothing back, it tries again on the next batch.
-    `part` tells the size of the part handed out last, or None outside a step. Keeps no gradient.
+    `part` tells the size of the part handed out last, or None outside a step; `rehearsed` whether the inputs of the
+    running forward were seen to stay apart (`dpopt.rehearsing`), which need no watching then. Keeps no gradient.
     """
 
-    def __init__(self, tape: Tape, part: Callable[[], int | None]) -> None:
+    def __init__(
+        self, tape: Tape, part: Callable[[], int | None], rehearsed: Callable[[], bool] = lambda: False
+    ) -> None:
         self.done = False
         self.num_batches = 0
         self.chosen: int | None = None
         self.watched: list[Watched] = []
         self._tape = tape
         self._part = part
+        self._rehearsed = rehearsed
         self._home = id(tape.model)
         self._apart: Apart | None = None
         self._asking: bool | None = None
@@ -73,8 +77,12 @@ class Probing:
         """A batch was drawn."""
         self.num_batches += 1
         if self.num_batches in DUE:
-            self.done = False
-            self._tape.doubt()
+            self.renew()
+
+    def renew(self) -> None:
+        """Look again."""
+        self.done = False
+        self._tape.doubt()
 
     def collector(self) -> Collector:
         """That of a backward of the probe."""
@@ -90,6 +98,8 @@ class Probing:
         if not self._wanted(model) or self._asks_for_gradients(model):
             return None
         self.watched = []
+        if self._rehearsed():
+            return None
         return pytree.tree_map_with_path(partial(self._watch, (args, kwargs)), (args, kwargs))
 
     def _asks_for_gradients(self, model: nn.Module) -> bool:

@@ -38,6 +38,7 @@ from clipping import (
 from clipping.loss_checks import LossChecks
 from dpopt.admission import Admission
 from dpopt.probing import Probing
+from dpopt.rehearsing import Rehearsing
 
 
 class StepSum:
@@ -70,7 +71,8 @@ class StepSum:
         self.hold = False
         self.num_part = 0
         self.blank = False
-        self.probing = Probing(self.tape, lambda: None if self.num_drawn is None else self.num_part)
+        self.probing = Probing(self.tape, self._part, lambda: self.rehearsing.holds())
+        self.rehearsing = Rehearsing(self.tape, self._part, self.probing.renew)
         self.checks: LossChecks | None = None
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
@@ -102,6 +104,9 @@ class StepSum:
     def num_added(self) -> int:
         """How many of its examples have come."""
         return self.admission.num_added
+
+    def _part(self) -> int | None:
+        return None if self.num_drawn is None else self.num_part
 
     def groups(self, contribution: Contribution) -> tuple[Group, ...]:
         """The released vectors of a step of `contribution`."""
@@ -136,11 +141,13 @@ class StepSum:
             self._held = [] if repeats > 1 else None
             self._pairs = two_points
         self.probing.begin()
+        self.rehearsing.begin()
         self.tape.turns.renew()
 
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
-        if self.num_drawn is not None and self.num_part and self.probing.chosen is None:
+        ready = self.num_drawn is not None and self.num_part and not self.tape.is_rerunning
+        if ready and self.probing.chosen is None:
             self.tape.attribute_below(roots, self.num_part)
 
     def after(self) -> None:
@@ -206,6 +213,7 @@ class StepSum:
         """
         self.admission.require_drawn()
         num_rows = losses.shape[0]
+        self.rehearsing.require(num_rows)
         try:
             self._expect(num_rows, keep, records)
             self.tape.attribute([losses], num_rows)

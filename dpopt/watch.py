@@ -36,7 +36,10 @@ class Watch:
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         ENTRANCE.enter(self._step)
-        probing = self._step.probing
+        probing, rehearsing = self._step.probing, self._step.rehearsing
+        before = rehearsing.before
+        self._hooks.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        self._hooks.append(self._model.register_forward_hook(rehearsing.after, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
         self.order.attach()

@@ -135,7 +135,7 @@ class LossChecks:
     # -- the model ----------------------------------------------------------------------------------------
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._provenance.on or model is not self._tape.model:
+        if not self._provenance.on or model is not self._tape.model or self._tape.is_rerunning:
             return
         self._order = None
         given = [(x, self._provenance.seen.of(x)) for x in tensors((args, kwargs))]
@@ -160,7 +160,7 @@ class LossChecks:
             _refuse_input(Unproven("copies of a single example for the others", shown=True))
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], outputs: object) -> None:
-        if model is not self._tape.model:
+        if model is not self._tape.model or self._tape.is_rerunning:
             return
         num_examples = self._tape.num_examples_seen
         if not torch.is_grad_enabled() or self._tape.is_aside:  # of which the tape takes no notice
@@ -188,7 +188,8 @@ class LossChecks:
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
-        if second_order or self._tape.is_paused or self._tape.is_asking or not self._ready():
+        tape = self._tape
+        if second_order or tape.is_paused or tape.is_asking or tape.is_rerunning or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
             # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
