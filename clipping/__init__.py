@@ -8,7 +8,7 @@ from clipping.convolved import Convolved
 from clipping.costs import Choice, Costs, measured
 from clipping.engines import Begin, Clipping, Collector, Gathering, Idle, Sums, explained
 from clipping.errors import MixesExamples, UnrecordedParameter
-from clipping.examine import Apart, examine, fits, probe, refuse_mixed
+from clipping.examine import Apart, Together, examine, fits, probe, refuse_mixed
 from clipping.grads import Dense, SampleGrads
 from clipping.groups import (
     ClipRule,
@@ -66,6 +66,7 @@ __all__ = [
     "Summing",
     "Sums",
     "Tape",
+    "Together",
     "UnrecordedParameter",
     "add",
     "by_component",

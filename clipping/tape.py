@@ -189,6 +189,11 @@ class Tape:
         return self._rerunning
 
     @property
+    def in_forward(self) -> bool:
+        """Whether code of the model runs now, or is run again."""
+        return self._entry is not None or self._rerunning or len(self._frames) > 0
+
+    @property
     def num_examples_seen(self) -> int | None:
         """The size of the batch that the model was called with last, None where it took no tensor."""
         return self._batch_hint

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from clipping import Apart, Collector, MixesExamples, Tape
+from clipping import Apart, Collector, MixesExamples, Tape, Together
+from clipping.own_functions import Constants, other_examples, own_functions
 
 DUE = frozenset((1, 2, 10, 100, 1000, 10_000))
 """The batches of a run on which the probe is due."""
@@ -42,7 +43,7 @@ class Probing:
     def __init__(
         self, tape: Tape, part: Callable[[], int | None], rehearsed: Callable[[], bool] = lambda: False
     ) -> None:
-        self.done = False
+        self.done = self.losses_done = False
         self.num_batches = 0
         self.chosen: int | None = None
         self.watched: list[Watched] = []
@@ -51,27 +52,52 @@ class Probing:
         self._rehearsed = rehearsed
         self._home = id(tape.model)
         self._apart: Apart | None = None
+        self._norms: dict[int, dict[str, Tensor]] = {}
+        self._together: Together | None = None
+        self._constants = Constants()
         self._asking: bool | None = None
 
-    def run(self, rows: list[Tensor]) -> None:
+    def run(self, rows: list[Tensor], *, losses: bool = False) -> None:
         """Refuse a model or loss where one example's row of `rows`, (B, ...) each, reaches another example.
 
         The graph stays usable. First, last and middle are tried: a running statistic reaches in one direction
-        only, and a loss may leave out some examples. Two that say something are enough.
+        only, and a loss may leave out some examples. Two that say something are enough. Then all are sent back together:
+        the gradients of the chosen ones must be what they were alone. `losses` says that `rows` are the losses (B,).
         """
         num_examples, witnesses = rows[0].shape[0], 0
         try:
             for self.chosen in dict.fromkeys((0, num_examples - 1, num_examples // 2)):
                 if witnesses < 2:
-                    picked = torch.stack([x[self.chosen].sum().real for x in rows]).sum()
-                    # No further: what lies outside the model would find the probe in its `.grad`.
-                    wanted = [self._tape.anchor, *(x.leaf for x in self.watched)]
-                    picked.backward(retain_graph=True, inputs=wanted)
-                    witnesses += self._apart is not None and self._apart.witnessed
+                    self._send(torch.stack([x[self.chosen].sum().real for x in rows]).sum())
+                    if self._apart is not None and self._apart.witnessed:
+                        witnesses += 1
+                        self._norms[self.chosen] = self._apart.norms
+            if self._norms and num_examples > 1:
+                self._run_together(rows, losses)
             self.done = witnesses == min(2, num_examples)
+            self.losses_done = self.losses_done or (losses and self.done)
         finally:
-            self.chosen = self._apart = None
+            self.chosen = self._apart = self._together = None
+            self._norms = {}
             self.watched = []
+
+    def _send(self, total: Tensor) -> None:
+        # No further: what lies outside the model would find the probe in its `.grad`.
+        total.backward(retain_graph=True, inputs=[self._tape.anchor, *(x.leaf for x in self.watched)])
+
+    def _run_together(self, rows: list[Tensor], losses: bool) -> None:
+        num_examples, total = rows[0].shape[0], torch.stack([x.sum().real for x in rows]).sum()
+        self._together = Together(self._norms)
+        self._send(total)
+        functions = own_functions(rows[0], self._tape.batch_dim) if losses else []
+        if functions:
+            self._constants.require(functions, num_examples)
+            chosen, norms = next(iter(self._norms.items()))
+            self._together = Together({chosen: norms})
+            with other_examples(functions, chosen, num_examples):
+                self._send(total)
+        for x in self.watched:
+            x.leaf.grad = None
 
     def begin(self) -> None:
         """A batch was drawn."""
@@ -81,12 +107,14 @@ class Probing:
 
     def renew(self) -> None:
         """Look again."""
-        self.done = False
+        self.done = self.losses_done = False
         self._tape.doubt()
 
     def collector(self) -> Collector:
         """That of a backward of the probe."""
         assert self.chosen is not None
+        if self._together is not None:
+            return self._together
         self._apart = Apart(self.chosen, "output or loss", self._refuse_inputs)
         return self._apart
 

@@ -35,6 +35,7 @@ from clipping import (
     Tape,
     zero_sum,
 )
+from clipping.altered import reaches, refuse_altered
 from clipping.loss_checks import LossChecks
 from dpopt.admission import Admission
 from dpopt.probing import Probing
@@ -74,6 +75,7 @@ class StepSum:
         self.probing = Probing(self.tape, self._part, lambda: self.rehearsing.holds())
         self.rehearsing = Rehearsing(self.tape, self._part, self.probing.renew)
         self.checks: LossChecks | None = None
+        self._roots: list[Sequence[Any]] = []
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
         self._running = self.sums
@@ -146,12 +148,25 @@ class StepSum:
 
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
+        self._roots.append(roots)
         ready = self.num_drawn is not None and self.num_part and not self.tape.is_rerunning
         if ready and self.probing.chosen is None:
             self.tape.attribute_below(roots, self.num_part)
 
     def after(self) -> None:
         """It has ended."""
+        self._roots.pop()
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether code of the model runs now."""
+        return self.tape.in_forward
+
+    def altered(self) -> None:
+        """A hook of the loop has changed a gradient: raise MixesExamples where it is on its way to the model."""
+        private = self.num_drawn is not None and not self.tape.is_paused and not self.tape.is_rerunning
+        if private and any(reaches(roots, self.tape) for roots in self._roots):
+            refuse_altered()
 
     def discard(self) -> None:
         """Forget what was collected; nothing of it was released."""
@@ -217,8 +232,8 @@ class StepSum:
         try:
             self._expect(num_rows, keep, records)
             self.tape.attribute([losses], num_rows)
-            if not self.probing.done and num_rows > 1:
-                self.probing.run([losses])
+            if not self.probing.losses_done and num_rows > 1:
+                self.probing.run([losses], losses=True)
             self._backward(losses.mean() if self.sums.mean else losses.sum())
         finally:
             self.admission.forget_expected()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clipping.altered import HOOKS
 from clipping.entrance import ENTRANCE
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
@@ -36,6 +37,7 @@ class Watch:
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         ENTRANCE.enter(self._step)
+        HOOKS.enter(self._step)
         probing, rehearsing = self._step.probing, self._step.rehearsing
         before = rehearsing.before
         self._hooks.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
@@ -55,6 +57,7 @@ class Watch:
             hook.remove()
         self._hooks.clear()
         ENTRANCE.leave(self._step)
+        HOOKS.leave(self._step)
         self._step.tape.detach()
         self.order.detach()
 
