@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from clipping.errors import MixesExamples
-from clipping.tap import Tap
+from clipping.loss_checks.trail import TAP
 from clipping.tape import Tape
 
-TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 _tensor: Any = Tensor
 
 

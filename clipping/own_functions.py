@@ -18,19 +18,25 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from clipping.errors import MixesExamples
-from clipping.loss_checks.trail import Inner, trail
+from clipping.loss_checks.trail import TAP, is_output
 
 _LARGE = 1e3
 _CLOSE = 1e-5
 
 
-def own_functions(losses: Tensor, batch_dim: int) -> list[Any]:
-    """The nodes of such functions, from `losses` down to the outputs of the model."""
-    if losses.grad_fn is None:
-        return []
-    found = trail(losses.grad_fn, batch_dim)
-    pairs = zip(found.nodes, found.steps, strict=True)
-    return [node for node, step in pairs if isinstance(step, Inner) and isinstance(node, BackwardCFunction)]
+def own_functions(losses: Tensor) -> list[Any]:
+    """The nodes of such functions, from `losses` down to the layers of a model."""
+    stack, seen = [losses.grad_fn], set[Any]()
+    found: list[Any] = []
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen or type(node) is TAP or is_output(node):
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node)
+        stack += [below for below, _ in node.next_functions]
+    return found
 
 
 def _tensors(node: Any) -> list[Tensor]:

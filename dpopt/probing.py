@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clipping import Apart, Collector, MixesExamples, Tape, Together
 from clipping.own_functions import Constants, other_examples, own_functions
@@ -89,12 +90,12 @@ class Probing:
         num_examples, total = rows[0].shape[0], torch.stack([x.sum().real for x in rows]).sum()
         self._together = Together(self._norms)
         self._send(total)
-        functions = own_functions(rows[0], self._tape.batch_dim) if losses else []
+        functions = own_functions(rows[0]) if losses else []
         if functions:
             self._constants.require(functions, num_examples)
             chosen, norms = next(iter(self._norms.items()))
             self._together = Together({chosen: norms})
-            with other_examples(functions, chosen, num_examples):
+            with _disable_current_modes(), other_examples(functions, chosen, num_examples):
                 self._send(total)
         for x in self.watched:
             x.leaf.grad = None

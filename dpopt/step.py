@@ -157,6 +157,9 @@ class StepSum:
         """It has ended."""
         self._roots.pop()
 
+    def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+        """It has made gradients, which are the loop's."""
+
     @property
     def in_forward(self) -> bool:
         """Whether code of the model runs now."""

@@ -27,7 +27,7 @@ from clipping.loss_checks.loss_report import LossReport
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
-from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
+from clipping.loss_checks.verdict import Constants, Counted, refuse_changed, refuse_mixing, required
 from clipping.rules.generic import batch_dim_of
 from clipping.tape import Tape
 
@@ -47,6 +47,7 @@ class LossChecks:
         self._whole = whole
         self._ready = ready
         self._constants = Constants()
+        self._counted = Counted()
         self._provenance = Provenance()
         self._passed: dict[Hashable, tuple[tuple[int, str, float], ...]] = {}
         self._flags: list[Tensor] = []
@@ -67,6 +68,8 @@ class LossChecks:
         self._hooks.append(
             self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True)
         )
+        earlier = untraced(self._refuse_earlier)
+        self._hooks.append(self._tape.model.register_forward_pre_hook(earlier, with_kwargs=True))
         ENTRANCE.enter(self)
         return self
 
@@ -102,10 +105,12 @@ class LossChecks:
             self._provenance.start(batch, num_examples, self._tape.batch_dim)
             before = untraced(self._before_model)
             self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            self._provenance.pass_by(batch)
 
     def _stop_following(self) -> None:
         self._provenance.stop()
-        while len(self._hooks) > 1:
+        while len(self._hooks) > 2:
             self._hooks.pop().remove()
 
     def settle(self) -> None:
@@ -133,6 +138,12 @@ class LossChecks:
             self._given = False
 
     # -- the model ----------------------------------------------------------------------------------------
+
+    def _refuse_earlier(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tape, seen = self._tape, self._provenance.seen
+        counts = torch.is_grad_enabled() and not tape.is_paused and not tape.is_rerunning
+        if counts and model is tape.model and any(map(seen.is_earlier, tensors((args, kwargs)))):
+            _refuse_input(Unproven("a tensor of an earlier batch", shown=True))
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._provenance.on or model is not self._tape.model or self._tape.is_rerunning:
@@ -202,6 +213,11 @@ class LossChecks:
         """That backward is over."""
         self._proven.pop()
 
+    def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+        """It has made gradients: note how they depend on the examples, should the loop put them into a loss."""
+        if self._provenance.on and self._ready() and not self._tape.is_rerunning and not self._tape.is_asking:
+            self._provenance.note_gradients(roots, inputs, grads)
+
     def require_proven(self) -> None:
         """Raise RuntimeError inside a backward that was not looked at."""
         if not (self._proven and self._proven[-1]):
@@ -267,6 +283,8 @@ class LossChecks:
         if self._given and isinstance(state, Unproven) and not state.shown:
             return
         total = required(facts, state)
+        if self._given and self._provenance.on:
+            self._counted.require(facts, total, self._provenance.counted)
         if facts.sized and self._whole and not self._given:
             what = "a mean that is divided by the number of examples once more"
             refuse_mixing(Unproven(what, shown=False))
