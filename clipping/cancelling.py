@@ -34,6 +34,7 @@ ALONE = 5e-3
 ORDINARY = 1024
 """Positions up to which the rounding up of a gradient that does not cancel stays below VISIBLE (measured: 0.06%)."""
 
+
 def _allowed(num_positions: int) -> float:
     """The part of VISIBLE that the rounding up of a gradient which does not cancel stays well below (measured: half)."""
     part = num_positions / ORDINARY

@@ -9,7 +9,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,14 +48,24 @@ def size_of(shape: Sequence[int], reading: int) -> int:
 
 
 class Ear:
-    """Hears one run on `num_rows` rows. `scales` (N,) multiply the rows that embeddings give out."""
+    """Hears one run on `num_rows` rows. `scales` (N,) multiply the rows that embeddings give out.
 
-    def __init__(self, num_rows: int, scales: Tensor | None = None) -> None:
+    `longer` are the shapes in a run of more rows, where they are known: an embedding whose output does not grow serves all
+    examples.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        scales: Tensor | None = None,
+        longer: Mapping[Key, tuple[int, ...]] | None = None,
+    ) -> None:
         self.prints: dict[Key, Print] = {}
         self.shapes: dict[Key, tuple[int, ...]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
         self._num_rows = num_rows
         self._scales = scales
+        self._longer = longer
         self._calls: Counter[str] = Counter()
         self._weights: dict[Any, Tensor] = {}
 
@@ -72,7 +82,7 @@ class Ear:
         places = [i for i, x in enumerate(leaves) if _is_floating(x)]
         if not places:
             return None
-        given = [self._scaled(layer, leaves[i]) for i in places]
+        given = [self._scaled(layer, number, leaves[i]) for i in places]
         key = None if again else (layer.name, number)
         heard = _Heard.apply(self, key, self.anchor, *given)
         for number_out, x in enumerate(heard if isinstance(heard, tuple) else (heard,)):
@@ -81,10 +91,13 @@ class Ear:
                 self.shapes["gradient", layer.name, number, number_out] = tuple(x.shape)
         return unflatten(leaves, structure)
 
-    def _scaled(self, layer: Layer, value: Any) -> Tensor:
+    def _scaled(self, layer: Layer, number: int, value: Any) -> Tensor:
         if self._scales is None or not isinstance(layer.module, nn.Embedding):
             return value
         if value.shape[0] != self._num_rows:
+            return value
+        key = ("gradient", layer.name, number, 0)
+        if self._longer is not None and self._longer.get(key, value.shape)[0] == self._num_rows:
             return value
         return value * self._scales.to(value).reshape([-1, *[1] * (value.dim() - 1)])
 
@@ -140,3 +153,52 @@ class _Heard(torch.autograd.Function):
             if grad is not None and ctx.key is not None:
                 ctx.ear.note(("gradient", *ctx.key, place), grad)
         return (None, None, None, *grads)
+
+
+def disagreeing(first: Ear, second: Ear, stay: Tensor, tolerance: float) -> list[Key]:
+    """The tensors in which the rows that stayed are others, however their rows are read."""
+    keys, flags = [], []
+    for key, known in first.prints.items():
+        other = second.prints.get(key)
+        if other is None or other.shape != known.shape:
+            continue  # cut to the longest example, say: not comparable
+        agree = [
+            (_match if reading == FOLDED else _agree)(rows, other.rows[reading], stay, tolerance)
+            for reading, rows in known.rows.items()
+        ]
+        keys.append(key)
+        flags.append(torch.stack(agree).any().cpu())
+    return (
+        [key for key, same in zip(keys, torch.stack(flags).tolist(), strict=True) if not same]
+        if flags
+        else []
+    )
+
+
+def _agree(first: Tensor, second: Tensor, stay: Tensor, tolerance: float) -> Tensor:
+    stay = stay.to(first.device)
+    first, second = first[stay], second[stay]
+    allowed = tolerance * first[:, :1] + torch.finfo(first.dtype).tiny
+    return (
+        ((first - second).abs() <= allowed) | ((first == second) | (first.isnan() & second.isnan()))
+    ).all()
+
+
+def _match(first: Tensor, second: Tensor, stay: Tensor, tolerance: float) -> Tensor:
+    """Whether as many rows of `first` are among those of `second` as the examples that stay have."""
+    place = torch.searchsorted(second[:, 1].sort().values.contiguous(), first[:, 1].contiguous())
+    order = second[:, 1].argsort()
+    allowed = tolerance * first[:, :1] + torch.finfo(first.dtype).tiny
+    found = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    for near in (place.clamp(max=len(second) - 1), (place - 1).clamp(min=0)):
+        other = second[order[near]]
+        found |= (((first - other).abs() <= allowed) | (first == other)).all(1)
+    return found.sum() * len(stay) >= len(first) * stay.sum()
+
+
+def follows(ear: Ear, key: Key, shapes: Mapping[Key, tuple[int, ...]]) -> bool:
+    """Whether a dimension in which the rows were looked for grows with the rows."""
+    if key not in shapes:
+        return True
+    known = ear.prints[key]
+    return any(size_of(known.shape, x) != size_of(shapes[key], x) for x in known.rows)

@@ -410,3 +410,27 @@ def test_a_mask_for_all_and_sequences_as_long_as_the_batch_is_wide_are_taken(len
         F.cross_entropy(model(a, mask), y).backward()
         optimizer.step()
     engine.detach()
+
+
+class Positions(nn.Module):
+    def __init__(self, expand):
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(11, 6), nn.Embedding(NUM + 1, 6), nn.Linear(6, K)
+        self.expand = expand
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1])
+        return self.head(self.tokens(ids) + self.places(places[None] if self.expand else places)).mean(1)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("length", [NUM, NUM - 1])
+def test_positions_for_all_of_sequences_as_long_as_the_batch_is_wide_are_taken(length, expand):
+    ids = torch.randint(0, 11, (NUM, length), generator=torch.Generator().manual_seed(5))
+    engine, model, optimizer, loader = familiar(
+        Positions(expand), TensorDataset(ids, torch.arange(NUM) % K), batch_size=NUM
+    )
+    for a, y in loader:
+        F.cross_entropy(model(a), y).backward()
+        optimizer.step()
+    engine.detach()
