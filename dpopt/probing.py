@@ -187,7 +187,7 @@ class Probing:
                 continue
             rows = self._batch_first(grad, num_examples)
             # A sequence as long as the batch is wide may be of one example: no reading may be an innocent one.
-            readings = [] if rows is None else [rows[others]]
+            readings = [] if rows is None else [rows[others], *_in_other_dims(grad, others, num_examples)]
             readings += [grad if i != chosen else grad[:0] for i, size in places if size == num_examples]
             if readings and all(bool((x.abs() > 0).any()) for x in readings):
                 raise MixesExamples(
@@ -203,6 +203,12 @@ def asks_for_gradients(kind: type[nn.Module]) -> bool:
     except (OSError, TypeError):
         return False
     return re.search(r"\.requires_grad(_\(\s*(True)?\s*\)|\s*=\s*True)", text) is not None
+
+
+def _in_other_dims(grad: Tensor, others: list[int], num_examples: int) -> list[Tensor]:
+    """What the others would have, were the examples in the second or third dimension, (T, B, D), that is as long."""
+    dims = [dim for dim in (1, 2) if grad.dim() > dim and grad.shape[dim] == num_examples]
+    return [grad.movedim(dim, 0)[others] for dim in dims]
 
 
 def _places(inputs: object, path: pytree.KeyPath) -> tuple[tuple[int, int], ...]:
