@@ -16,8 +16,8 @@ Shapes: N rows, B examples.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,15 +71,28 @@ class Rehearsal:
         """Whether there are several examples, and it is known which rows are theirs."""
         return self._inputs.several
 
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with warnings.catch_warnings(), self._sources.preserved(), _disable_current_modes():
+            warnings.simplefilter("ignore")
+            self._before = self._sources.read()
+            try:
+                yield
+            finally:
+                self._kept.put_back()
+
+    def failure(self) -> Exception | None:
+        """What the forward raises on these inputs."""
+        with self._undisturbed():
+            try:
+                self._run(self._inputs.leaves)
+            except Exception as error:  # whatever a model raises
+                return error
+        return None
+
     def verdict(self, plans: Sequence[int]) -> Verdict:
         """Rehearse; `plans` are 0 (even examples stay) and 1 (odd ones)."""
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            stack.enter_context(self._sources.preserved())
-            stack.callback(self._kept.put_back)
-            stack.enter_context(_disable_current_modes())
-            self._before = self._sources.read()
+        with self._undisturbed():
             original = self._attempt(self._inputs.leaves)
             if original is None:  # the forward itself will say why
                 return Verdict(None, ran=False, certain=False)

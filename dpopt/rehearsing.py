@@ -88,6 +88,21 @@ class Rehearsing:
             if self._rehearsed_at.get(kind) != self.num_draws:
                 self._rehearse(kind, args, kwargs)
 
+    def _refuse_single(self, kind: Hashable, rehearsal: Rehearsal) -> None:
+        """Raise ValueError where torch does not run a normalisation on one example alone."""
+        if (kind, 1) in self._known or not any(
+            isinstance(x, _OF_SEVERAL) for x in self._tape.model.modules()
+        ):
+            return
+        self._known.add((kind, 1))
+        error = rehearsal.failure()
+        if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "expected a model that runs on one example alone, as what is drawn by chance may be of one or of none; got a "
+                "normalisation over a single value, which torch refuses; give each group of GroupNorm several channels "
+                "(num_groups below num_channels), or use LayerNorm"
+            ) from error
+
     def _here(self, model: nn.Module) -> bool:
         ready = self._part() is not None and id(model) == self._home
         ready = ready and not self._tape.is_paused and not self._tape.is_rerunning
@@ -99,6 +114,8 @@ class Rehearsing:
             rehearsal = Rehearsal(self._tape, args, kwargs, self._part() or None)
         except Exception:  # an argument that cannot be copied
             return
+        if rehearsal.num_rows == 1 and self._part() == 1:
+            return self._refuse_single(kind, rehearsal)
         if not rehearsal.possible:
             return
         self.num_rehearsals += 1
@@ -116,6 +133,10 @@ class Rehearsing:
             self._certain.add(kind)
         else:
             self._certain.discard(kind)
+
+
+_OF_SEVERAL = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+"""Modules that torch may refuse to run on one row: it counts the values of all rows."""
 
 
 def _nodes_made() -> int:

@@ -181,6 +181,23 @@ def test_attack_that_begins_at_a_later_draw_is_refused_where_the_graph_grows(sin
     assert all("beside it were replaced" in x for x in found or [""])
 
 
+@pytest.mark.parametrize(
+    "there", [lambda h: h.flip(0), lambda h: h[torch.arange(len(h)) - 1]], ids=["flipped", "rolled"]
+)
+def test_attack_by_rows_in_another_order_there_and_back_from_a_later_draw_on_is_refused(there):
+    def forward(model, x):
+        model.calls += 1
+        h = model.inner(x)
+        if model.calls < 6:
+            return model.outer(h)
+        out = model.outer(there(h))
+        order = there(torch.arange(len(h)))
+        return out[order.argsort()]
+
+    found = both_doors(forward, draws=7)
+    assert len(found) == 2 and all("depend on that example alone" in x for x in found)
+
+
 def test_a_batch_of_one_row_leaves_the_rehearsal_to_the_next():
     for sizes in ([1, 1, 1, 5], [1, 2]):
         with explicit(Model(_largest), noise=1.0) as private:
@@ -432,5 +449,19 @@ def test_positions_for_all_of_sequences_as_long_as_the_batch_is_wide_are_taken(l
     )
     for a, y in loader:
         F.cross_entropy(model(a), y).backward()
+        optimizer.step()
+    engine.detach()
+
+
+@pytest.mark.parametrize("groups", [6, 3])
+def test_a_normalisation_that_torch_cannot_run_on_one_example_says_why(groups):
+    model = nn.Sequential(nn.Linear(D, 6), nn.GroupNorm(groups, 6), nn.Linear(6, K))
+    engine, model, optimizer, loader = familiar(model, examples(1), batch_size=1)
+    x, y = next(iter(loader))
+    if groups == 6:
+        with pytest.raises(ValueError, match="as what is drawn by chance may be of one"):
+            model(x)
+    else:  # the remedy
+        F.cross_entropy(model(x), y).backward()
         optimizer.step()
     engine.detach()
