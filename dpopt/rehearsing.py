@@ -107,7 +107,7 @@ class Rehearsing:
         ready = self._part() is not None and id(model) == self._home
         ready = ready and not self._tape.is_paused and not self._tape.is_rerunning
         ready = ready and torch._C._current_graph_task_id() == -1
-        return ready and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return ready and torch.is_grad_enabled()
 
     def _rehearse(self, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:

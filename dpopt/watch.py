@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clipping.altered import HOOKS
+from clipping.compiled import untraced
 from clipping.entrance import ENTRANCE
 from dpopt import unchanged
 from dpopt.gradients import clear_gradients
@@ -39,9 +40,9 @@ class Watch:
         ENTRANCE.enter(self._step)
         HOOKS.enter(self._step)
         probing, rehearsing = self._step.probing, self._step.rehearsing
-        before = rehearsing.before
+        before, after = untraced(rehearsing.before), untraced(rehearsing.after)
         self._hooks.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-        self._hooks.append(self._model.register_forward_hook(rehearsing.after, with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(after, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
         self.order.attach()

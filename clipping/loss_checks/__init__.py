@@ -32,7 +32,7 @@ What cannot be seen
 - hooks on nodes of the graph between the outputs and the loss;
 - in the model's own forward: a statistic that begins between two rehearsals with no other number of operations that record
   gradients; a branch that the rehearsed batches do not take; code that draws another number of random numbers for each
-  example; rows that are neither the examples nor a multiple of them; `torch.compile` around the model from outside;
+  example; rows that are neither the examples nor a multiple of them;
 - weights by place (`linspace(0, 1, B)`), and a user's autograd function that brings examples together only at times, or by
   a statistic that it computes outside of what it saves, inside `engine.backward(losses)`;
 - an earlier batch that was copied at a draw which is not followed, in the place of the drawn one;

@@ -465,3 +465,20 @@ def test_a_normalisation_that_torch_cannot_run_on_one_example_says_why(groups):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     engine.detach()
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_a_compiled_model_is_rehearsed(mixing):
+    def forward(model, x):
+        return model.outer(torch.tanh(model.inner(x / x.abs().max() if mixing else x)))
+
+    engine, model, optimizer, loader = familiar(Model(forward), examples(NUM), batch_size=NUM)
+    call = torch.compile(model, backend="eager")
+    x, y = next(iter(loader))
+    if mixing:
+        with pytest.raises(MixesExamples):
+            call(x)
+    else:
+        F.cross_entropy(call(x), y).backward()
+        optimizer.step()
+    engine.detach()
