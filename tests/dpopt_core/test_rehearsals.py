@@ -467,6 +467,7 @@ def test_a_normalisation_that_torch_cannot_run_on_one_example_says_why(groups):
     engine.detach()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile reads where a graph ends
 @pytest.mark.parametrize("mixing", [False, True])
 def test_a_compiled_model_is_rehearsed(mixing):
     def forward(model, x):
