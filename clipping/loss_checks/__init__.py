@@ -16,12 +16,12 @@ What is checked
 2. *Provenance*, at draws 1, 2, 4, 8, ...: the batch is followed, operation by operation, from the loader to the inputs of
    the model and to the constants of the graph (weights, labels, masks, gradients that the loop took itself): each must be
    made of one example's own rows. A tensor of an earlier batch is known again at every draw.
-3. *Outputs*: `dpopt.probing` sends back one example's outputs at draws 1, 2, 10, 100, ..., and all together.
-4. *The model*: `clipping.rehearsal` runs its forward and backward with other examples in the place of some.
-5. *Hooks* of the loop on tensors may look at gradients, and not change them (`clipping.altered`).
+3. *Outputs*: `clipping.validators.runtime_probe` sends back one example's outputs at draws 1, 2, 10, 100, ..., and all together.
+4. *The model*: `clipping.validators.rehearsal` runs its forward and backward with other examples in the place of some.
+5. *Hooks* of the loop on tensors may look at gradients, and not change them (`clipping.recording.altered_gradients`).
 
 What is refused can be given as losses of shape (B,) to `engine.backward(losses)`. There only what was seen to bring
-examples together is refused; autograd functions of the loop's own are tried (`clipping.own_functions`).
+examples together is refused; autograd functions of the loop's own are tried (`clipping.validators.own_functions`).
 
 What cannot be seen
 -------------------

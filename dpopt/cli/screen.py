@@ -13,8 +13,8 @@ from rich.status import Status
 from rich.table import Table
 
 from dpopt.finetune import FinetuneResult, RunPlan, StepSeen
-from dpopt.finetune.outcome import NEIGHBOURS, SAMPLERS
-from dpopt.report import Report, number, rounded_up
+from dpopt.finetune.run_report import NEIGHBOURS, SAMPLERS
+from dpopt.reports.report import Report, number, rounded_up
 
 
 class Screen:

@@ -23,12 +23,14 @@ from accountants import (
     accountant,
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
-from dpopt.budget import Budget, require_needed, require_small_delta
-from dpopt.estimators.estimator import Estimator, Plain
-from dpopt.estimators.prices import priced
-from dpopt.finetune.continuing import spent_before
-from dpopt.samplers import charges, noise_within, sized, touched
-from dpopt.sampling import PoissonSampling, Sampling
+from dpopt.budget.budget import Budget, noise_within, require_needed, require_small_delta
+from dpopt.budget.prices import priced
+from dpopt.estimators.estimator import Estimator
+from dpopt.estimators.plain import Plain
+from dpopt.finetune.continued_ledger import spent_before
+from dpopt.sampling.poisson import PoissonSampling
+from dpopt.sampling.registry import charges, sized, touched
+from dpopt.sampling.sampler import Sampling
 
 DEFAULT_EPSILON = 8.0
 _PRICED_POINTS = 24
