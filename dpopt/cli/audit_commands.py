@@ -91,7 +91,8 @@ def run(
 
 
 def _show(console: Console, report: AuditReport, folder: Path) -> None:
-    from dpopt.audit.audit_report import could_show, rounded_down
+    from dpopt.audit.audit_report import could_show
+    from dpopt.audit.verdict import rounded_down
 
     title = f"Audit: the claim is epsilon {rounded_up(report.claim.epsilon)} at delta {report.claim.delta:g}, at most"
     table = Table(
@@ -107,7 +108,7 @@ def _show(console: Console, report: AuditReport, folder: Path) -> None:
     for control in report.controls:
         passed = "[green]as it must[/]" if control.passed else "[bold red]NOT as it must[/]"
         console.print(
-            f"control, {escape(control.name)}: {passed}; {escape(control.observed)}",
+            f"control, {escape(f'{control.kind}: {control.name}')}: {passed}; {escape(control.observed)}",
             highlight=False,
             soft_wrap=True,
         )
