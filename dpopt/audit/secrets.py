@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canaries with a random secret, to be put among training records: "the code is 4 8 2 1".
+
+The law of this file: a secret is drawn uniformly from a space that is fixed before, and each of its symbols is one
+token whatever stands beside it, so that every other secret of the space is a text that could have stood there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from dpopt.durable import write_file
+from dpopt.records import InputError
+
+DIGITS = tuple("0123456789")
+
+
+@dataclass(frozen=True, slots=True)
+class SecretFormat:
+    """A text that ends in a secret, and the space from which the secret comes.
+
+    Args:
+        prefix: the text before the secret.
+        length: symbols of a secret.
+        alphabet: what each symbol is drawn from.
+        separator: stands before each symbol; a blank makes most tokenizers take each symbol for one token.
+    """
+
+    prefix: str
+    length: int = 4
+    alphabet: tuple[str, ...] = DIGITS
+    separator: str = " "
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or len(set(self.alphabet)) != len(self.alphabet) or len(self.alphabet) < 2:
+            raise InputError(
+                f"expected at least one symbol of an alphabet of two or more different ones; got {self.length} of "
+                f"{self.alphabet}; take 4 of the digits"
+            )
+
+    @property
+    def size(self) -> int:
+        """How many secrets there are."""
+        return len(self.alphabet) ** self.length
+
+    def text(self, secret: Sequence[str]) -> str:
+        """The whole text with a secret."""
+        return self.prefix + "".join(self.separator + symbol for symbol in secret)
+
+
+@dataclass(frozen=True, slots=True)
+class SecretCanary:
+    """One secret, and in how many training records it was put (0: a control)."""
+
+    format: SecretFormat
+    secret: tuple[str, ...]
+    times: int
+
+    @property
+    def text(self) -> str:
+        """The text that was put among the training records."""
+        return self.format.text(self.secret)
+
+
+def draw_secrets(
+    formats: Sequence[SecretFormat], times: Sequence[int], *, seed: int | None = None
+) -> list[SecretCanary]:
+    """One canary for each pair of a format and a number of copies, no secret of a format twice.
+
+    Args:
+        formats: the texts.
+        times: in how many records each secret is to be put; 0 for a control.
+        seed: None draws from the operating system's entropy; a number repeats.
+    """
+    source = random.SystemRandom() if seed is None else random.Random(seed)
+    drawn = []
+    for form in formats:
+        if form.size < len(times):
+            raise InputError(
+                f"expected a space of at least {len(times)} secrets; got {form.size}; take longer secrets"
+            )
+        seen: set[tuple[str, ...]] = set()
+        for count in times:
+            secret = tuple(source.choices(form.alphabet, k=form.length))
+            while secret in seen:
+                secret = tuple(source.choices(form.alphabet, k=form.length))
+            seen.add(secret)
+            drawn.append(SecretCanary(form, secret, count))
+    return drawn
+
+
+def write_secrets(path: Path, canaries: Sequence[SecretCanary]) -> None:
+    """Write canaries to a file of one JSON object a line, readable by its owner alone."""
+    lines = "".join(json.dumps(asdict(canary)) + "\n" for canary in canaries)
+    write_file(path, lines.encode())
+    path.chmod(0o600)
+
+
+def read_secrets(path: Path) -> list[SecretCanary]:
+    """Read what `write_secrets` wrote.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        found = [
+            SecretCanary(
+                SecretFormat(**(row["format"] | {"alphabet": tuple(row["format"]["alphabet"])})),
+                tuple(row["secret"]),
+                int(row["times"]),
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"expected canaries as 'dpopt audit secrets' writes them; got {path} ({type(error).__name__}); write them "
+            "again"
+        ) from error
+    if not found:
+        raise InputError(f"expected at least one canary in {path}; got none; write them again")
+    return found
+
+
+def symbol_tokens(
+    form: SecretFormat, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[list[int]]]:
+    """The token ids of the prefix, and for each place of the secret those of the alphabet.
+
+    Raises:
+        InputError: the tokenizer joins or splits symbols, so that secrets are not sequences of single tokens.
+    """
+    chosen = [[symbol] * form.length for symbol in form.alphabet]
+    rows = [_ids(tokenizer, form.text(secret)) for secret in chosen]
+    prefix = rows[0][: len(rows[0]) - form.length]
+    places = [
+        [row[len(prefix) + place] for row in rows if len(row) == len(rows[0])] for place in range(form.length)
+    ]
+    ok = prefix and all(len(row) == len(rows[0]) and row[: len(prefix)] == prefix for row in rows)
+    ok = ok and all(len(set(tokens)) == len(tokens) for tokens in places)
+    if ok:
+        number = {symbol: i for i, symbol in enumerate(form.alphabet)}
+        for secret in _probes(form):
+            ids = [places[place][number[symbol]] for place, symbol in enumerate(secret)]
+            ok = ok and _ids(tokenizer, form.text(secret)) == prefix + ids
+    if not ok:
+        raise InputError(
+            f"expected a tokenizer for which each symbol is one token; got one that joins or splits some of "
+            f"{form.text(form.alphabet[: form.length])!r}; choose another separator or alphabet"
+        )
+    return prefix, places
+
+
+def secret_ids(canary: SecretCanary, places: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens of a canary's secret."""
+    return [places[i][canary.format.alphabet.index(symbol)] for i, symbol in enumerate(canary.secret)]
+
+
+def _probes(form: SecretFormat) -> list[tuple[str, ...]]:
+    """Every pair of neighbours somewhere: as many secrets as there are pairs, at most 400, and in a fixed order."""
+    pairs = itertools.islice(itertools.product(form.alphabet, repeat=2), 400)
+    return [tuple((first, second)[i % 2] for i in range(form.length)) for first, second in pairs]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = cast("Any", tokenizer)(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def bits(form: SecretFormat) -> float:
+    """The most that exposure can be: log2 of the size of the space."""
+    return math.log2(form.size)
