@@ -257,6 +257,16 @@ class StepSum:
         self.require_whole()
         self.admission.require_none_pending()
 
+    def join(self, found: dict[str, SampleGrads], num_examples: int) -> None:
+        """Add examples that come as gradients, and not through the model: the canaries of an audited run."""
+        held = Held(found, num_examples)
+        if self._held is not None:
+            self._held.append(held)
+            return
+        # Paths that were chosen are those of the records.
+        sums = replace(self.sums, choices={})
+        held.hand_over(Clipping(sums, held.idle, lambda num_examples: None))
+
     def clipped(self, contribution: Contribution | None = None) -> ClippedSum:
         """The clipped sum of the step, handed over: vectors that no example reached are zero.
 

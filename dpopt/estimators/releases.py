@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -49,10 +50,20 @@ class Released(NamedTuple):
     stds: dict[str, float]
 
 
+Seen = Callable[[Vectors, Mapping[str, float], float], object]
+"""(released vectors, deviations of their noise, divisor of both): told of each release."""
+
+
 def release(
-    stage: Stage, step: StepSum, mechanism: Mechanism, tier: Tier, charge: int, divisor: float
+    stage: Stage,
+    step: StepSum,
+    mechanism: Mechanism,
+    tier: Tier,
+    charge: int,
+    divisor: float,
+    seen: Seen | None = None,
 ) -> Released:
-    """Release a step: once, or `rounds` times.
+    """Release a step: once, or `rounds` times. What is released is public, and `seen` may look at it.
 
     Guarantees
     ----------
@@ -69,7 +80,10 @@ def release(
             clipped = stage.fold(clipped, step.hidden())
         stds = noise_stds(mechanism, clipped, divisor)
         noisy = tier.release(mechanism, _numbered(clipped, number), charge, divisor)
-        return Released({name.removeprefix(_mark(number)): v for name, v in noisy.items()}, stds)
+        vectors = {name.removeprefix(_mark(number)): v for name, v in noisy.items()}
+        if seen is not None:
+            seen(vectors, stds, divisor)
+        return Released(vectors, stds)
 
     found = once(0, stage.contribution)
     for number in range(1, stage.rounds):

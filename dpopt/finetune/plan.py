@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from accountants import Gaussian, UnpricedEvent, leaves, read
 from accountants.records import event_of
+from dpopt.audit.named import AuditRequest
 from dpopt.configuration import accountant_of
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.named import Run, named_estimator
 from dpopt.estimators.prices import require_priced
+from dpopt.finetune.auditing import LanguageCanaries, with_new_tokens
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.continuing import LEDGER_NAME, REPORT_NAME, require_reported
 from dpopt.finetune.corpus import Corpus, load_corpus
@@ -69,6 +72,7 @@ class RunPlan:
     device: str
     out: Path
     ledger: Path
+    audit: AuditRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class Prepared:
     train: list[Tokens]
     validation: list[Tokens]
     device: torch.device
+    audit: LanguageCanaries | None = None
+    num_known: int | None = None
 
 
 def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
@@ -98,6 +104,7 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
     )
     listener.stage("loading the model")
     name, model, tokenizer = _model(config)
+    num_known = with_new_tokens(model, config.audited(), lora_rank=config.lora_rank)
     listener.stage("computing the noise")
     privacy = _privacy(config, corpus, model, config.ledger or out / LEDGER_NAME)
     max_tokens = _max_tokens(config, model)
@@ -131,8 +138,22 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         device=str(device),
         out=out,
         ledger=config.ledger or out / LEDGER_NAME,
+        audit=config.audited(),
     )
-    return Prepared(plan, model.to(device), tokenizer, train, validation, device)
+    model = model.to(device)
+    audit = _audit(plan, model, tokenizer, num_known)
+    return Prepared(plan, model, tokenizer, train, validation, device, audit, num_known)
+
+
+def _audit(
+    plan: RunPlan, model: nn.Module, tokenizer: PreTrainedTokenizerBase, num_known: int | None
+) -> LanguageCanaries | None:
+    if plan.audit is None:
+        return None
+    known = cast("Any", model).get_input_embeddings().num_embeddings if num_known is None else num_known
+    return LanguageCanaries.made(
+        plan.audit, model, tokenizer, max_tokens=plan.max_tokens, num_known=known, seed=plan.seed
+    )
 
 
 def _free_out(config: FinetuneConfig) -> Path:
@@ -205,6 +226,7 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: P
             sampler=config.sampler,
             relation=config.relation,
             allow_large_delta=config.allow_large_delta,
+            num_canaries=0 if (audit := config.audited()) is None else audit.num,
         )
     except UnpricedEvent as error:
         raise InputError(str(error)) from error
