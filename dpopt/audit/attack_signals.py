@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -161,5 +161,5 @@ def cached(folder: Path | None, key: str, compute: Callable[[], dict[str, NDArra
             return dict(held)
     found = compute()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    written_file(path, lambda file: np.savez(file, **found))
+    written_file(path, lambda file: cast("Any", np.savez)(file, **found))
     return found

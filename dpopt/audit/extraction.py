@@ -24,7 +24,7 @@ from dpopt.audit.attack_curves import CONFIDENCE, Interval, clopper_pearson
 from dpopt.audit.attack_language import batches_by_length, log_softmax, vocabulary
 from dpopt.audit.attack_signals import Seen, evaluating
 from dpopt.audit.attacks import FloatArray
-from dpopt.audit.secrets import SecretCanary, SecretFormat, secret_ids, symbol_tokens
+from dpopt.audit.secret_canaries import SecretCanary, SecretFormat, secret_ids, symbol_tokens
 from dpopt.finetune.language_model import Tokens, collate, logits
 
 EXACT_UP_TO = 200_000

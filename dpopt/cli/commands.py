@@ -277,7 +277,7 @@ def finetune(
             train=tuple(train or ()),
             validation=tuple(validation or ()),
             validation_is_public=validation_is_public,
-            form=_form(text_field, template, prompt_template),
+            form=record_form(text_field, template, prompt_template),
             unit=unit,
             epsilon=epsilon,
             delta=delta,
@@ -313,7 +313,8 @@ def finetune(
         screen.finished(result)
 
 
-def _form(text_field: str | None, template: str | None, prompt: str | None):
+def record_form(text_field: str | None, template: str | None, prompt: str | None):
+    """What the options of text and prompt say of the fields of a row; None where they say nothing."""
     from dpopt.finetune import InputError, RecordFormat, Template
 
     if text_field is not None and template is not None:

@@ -105,6 +105,14 @@ def write_secrets(path: Path, canaries: Sequence[SecretCanary]) -> None:
     path.chmod(0o600)
 
 
+def write_records(path: Path, canaries: Sequence[SecretCanary]) -> int:
+    """Write the records to be trained on, each secret as often as it is to be put, and return how many there are."""
+    rows = [json.dumps({"text": canary.text}) + "\n" for canary in canaries for _ in range(canary.times)]
+    write_file(path, "".join(rows).encode())
+    path.chmod(0o600)
+    return len(rows)
+
+
 def read_secrets(path: Path) -> list[SecretCanary]:
     """Read what `write_secrets` wrote.
 
