@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipping import FlatClipper
@@ -35,11 +36,12 @@ class Recipe:
         base: folder or name of the model that training starts from.
         steps: optimizer steps.
         batch_size: expected records of a step, drawn independently.
-        learning_rate: of AdamW, falling linearly to 0.
+        learning_rate: of the optimizer.
         clip_norm: of each record's gradient; None: not clipped.
         noise_multiplier: noise over clip norm; 0: none.
         physical_batch_size: records at a time.
         max_tokens: of a record.
+        optimizer: "adamw", whose rate falls linearly to 0, or "sgd", without momentum and at a constant rate.
     """
 
     base: str
@@ -50,12 +52,15 @@ class Recipe:
     noise_multiplier: float = 0.0
     physical_batch_size: int = 32
     max_tokens: int = 128
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.noise_multiplier and self.clip_norm is None:
             raise InputError(
                 f"expected a clip norm beside noise; got noise multiplier {self.noise_multiplier:g} alone; give both"
             )
+        if self.optimizer not in {"adamw", "sgd"}:
+            raise InputError(f"expected the optimizer adamw or sgd; got {self.optimizer!r}; take one of them")
 
 
 def train_language_model(
@@ -79,8 +84,7 @@ def train_language_model(
     model = load(recipe.base)[0] if model is None else model
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = LambdaLR(optimizer, lambda step: max(1 - step / recipe.steps, 0.0))
+    optimizer, schedule = _optimizer(recipe, trainable)
     sampling = poisson(num_records=len(records), batch_size=min(recipe.batch_size, len(records)))
     if recipe.clip_norm is None:
         random = torch.Generator().manual_seed(seed)
@@ -108,6 +112,14 @@ def train_language_model(
                 optimizer.step()
                 schedule.step()
     return model.eval()
+
+
+def _optimizer(recipe: Recipe, trainable: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
+    if recipe.optimizer == "sgd":
+        optimizer: Optimizer = SGD(trainable, lr=recipe.learning_rate)
+        return optimizer, LambdaLR(optimizer, lambda step: 1.0)
+    optimizer = AdamW(trainable, lr=recipe.learning_rate, weight_decay=0.0)
+    return optimizer, LambdaLR(optimizer, lambda step: max(1 - step / recipe.steps, 0.0))
 
 
 def steps_of(num_records: int, batch_size: int, epochs: float) -> int:

@@ -50,7 +50,7 @@ def test_all_secrets_are_priced_as_one_by_one(model, tokenizer):
 def test_exposure_is_the_rank_among_all_secrets(model, tokenizer):
     canaries = [SecretCanary(FORM, secret, 0) for secret in itertools.product(*[FORM.alphabet] * 3)]
     found = exposures(model, tokenizer, canaries)
-    by_size = sorted((-one.log_prob for one in found))
+    by_size = sorted(-one.log_prob for one in found)
     for one in found:
         assert one.rank == 1 + by_size.index(-one.log_prob)
         assert one.exposure == pytest.approx(math.log2(64 / one.rank))
@@ -115,7 +115,7 @@ def greedily(model, record, prefix):
 
 def test_completion_is_greedy_decoding(tokenizer):
     model = memorising("the code is 42.", tokenizer)
-    records = random_records(10) + [Tokens(torch.tensor(tokenizer("the code is 42.")["input_ids"]), 0)]
+    records = [*random_records(10), Tokens(torch.tensor(tokenizer("the code is 42.")["input_ids"]), 0)]
     found = complete(model, records)
     for prefix in (1, 3, 8):
         expected = [len(one.ids) > prefix and greedily(model, one, prefix) for one in records]
