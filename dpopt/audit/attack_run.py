@@ -24,6 +24,9 @@ from dpopt.audit.bounds_one_run import fdp_one_run, steinke
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.families import GAUSSIAN, Family, any_mechanism
 
+FEWEST_FOR_LIRA = 4
+"""Shadow models, two on each side of a record, below which no spread can be seen."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
@@ -187,9 +190,11 @@ def _with_shadows(signals: Signals) -> dict[str, FloatArray]:
     shadow_phi = attacks.logit_confidences(-losses) if shadow_phi is None else shadow_phi
     online = -signals.losses - attacks.mean_probabilities(-losses)
     offline = -signals.losses - attacks.mean_probabilities(-losses, included, offline_a=1.0)
-    return {
+    lira = {} if len(losses) < FEWEST_FOR_LIRA else {
         "LiRA, online": attacks.lira_online_scores(phi, shadow_phi, included),
         "LiRA, offline": attacks.lira_offline_scores(phi, shadow_phi, included),
+    }  # fmt: skip
+    return lira | {
         "RMIA, shadows, online": attacks.rmia_scores(online, online),
         "RMIA, shadows, offline": attacks.rmia_scores(offline, offline),
         "InfoRMIA, shadows": attacks.info_rmia_scores(online, online),
