@@ -54,7 +54,7 @@ class Setting:
     model: str
     epsilon: float
     rate: float = 0.25
-    steps: int = 60
+    steps: int = 40
     learning_rate: float = 2e-3
     optimizer: str = "adamw"
     num_pool: int = 800
@@ -144,7 +144,7 @@ def recipe_of(setting: Setting, num_records: int) -> Recipe:
     ) if private else 0.0  # fmt: skip
     return Recipe(
         "", setting.steps, round(setting.rate * num_records), setting.learning_rate, 1.0 if private else None, noise,
-        64, setting.max_tokens, setting.optimizer,
+        128, setting.max_tokens, setting.optimizer,
     )  # fmt: skip
 
 
@@ -273,9 +273,7 @@ def settings(names: Sequence[str], seeds: Sequence[int]) -> list[Setting]:
     """The cells: realistic training at four budgets, and one that gives the canaries all the power there is."""
     cells = [Setting(name, epsilon) for name in names for epsilon in (math.inf, 8.0, 4.0, 1.0)]
     power = [
-        Setting(name, 4.0, 0.5, 60, 0.01, "sgd", num_pool=100, num_canaries=2000, seed=seed)
-        for name in names
-        for seed in seeds
+        Setting(name, 4.0, 0.5, 40, 0.01, "sgd", num_pool=100, seed=seed) for name in names for seed in seeds
     ]
     return cells + power
 

@@ -24,7 +24,7 @@ from dpopt.audit.attack_curves import CONFIDENCE, Interval, clopper_pearson
 from dpopt.audit.attack_language import batches_by_length, log_softmax, vocabulary
 from dpopt.audit.attack_signals import Seen, evaluating
 from dpopt.audit.attacks import FloatArray
-from dpopt.audit.secret_canaries import SecretCanary, SecretFormat, secret_ids, symbol_tokens
+from dpopt.audit.secret_canaries import Place, SecretCanary, SecretFormat, secret_ids, symbol_tokens
 from dpopt.finetune.language_model import Tokens, collate, logits
 
 EXACT_UP_TO = 200_000
@@ -111,7 +111,7 @@ def exposures(
     Raises:
         InputError: the tokenizer joins or splits symbols.
     """
-    ranked: dict[SecretFormat, tuple[list[list[int]], FloatArray]] = {}
+    ranked: dict[SecretFormat, FloatArray] = {}
     results = []
     for canary in canaries:
         form = canary.format
@@ -119,11 +119,10 @@ def exposures(
         exact = form.size <= exact_up_to
         if form not in ranked:
             if exact:
-                ranked[form] = places, log_probs_of_all(model, prefix, places)
+                ranked[form] = log_probs_of_all(model, prefix, places)
             else:
-                rows = _random_rows(places, num_samples, seed)
-                ranked[form] = places, log_probs_of(model, prefix, rows)
-        others = ranked[form][1]
+                ranked[form] = log_probs_of(model, prefix, _random_rows(places, num_samples, seed))
+        others = ranked[form]
         own = secret_ids(canary, places)
         if exact:
             place = 0
@@ -140,23 +139,23 @@ def exposures(
     return results
 
 
-def log_probs_of_all(model: nn.Module, prefix: Sequence[int], places: Sequence[Sequence[int]]) -> FloatArray:
+def log_probs_of_all(model: nn.Module, prefix: Sequence[int], places: Sequence[Place]) -> FloatArray:
     """log p of every secret after the prefix, the last symbol varying fastest: one run for each beginning.
 
     Args:
         model: the language model.
         prefix: token ids, at least one.
-        places: token ids of the alphabet at each place.
+        places: the tokens that may stand at each place.
 
     Returns:
         (product of the alphabets' sizes,), float64, in nats.
     """
     beginnings, totals = [list(prefix)], np.zeros(1)
-    for place, alphabet in enumerate(places):
-        steps = _next_log_probs(model, beginnings, alphabet)
+    for place in places:
+        beginnings = [[*beginning, *place.before] for beginning in beginnings]
+        steps = _next_log_probs(model, beginnings, len(place.before), place.symbols)
         totals = (totals[:, None] + steps).reshape(-1)
-        if place + 1 < len(places):
-            beginnings = [[*beginning, token] for beginning in beginnings for token in alphabet]
+        beginnings = [[*beginning, token] for beginning in beginnings for token in place.symbols]
     return totals
 
 
@@ -203,16 +202,20 @@ def rate(extracted: np.ndarray, *, confidence: float = CONFIDENCE) -> Interval:
     return Interval(hits / tries, *clopper_pearson(hits, tries, (1 - confidence) / 2))
 
 
-def _next_log_probs(model: nn.Module, beginnings: Sequence[list[int]], alphabet: Sequence[int]) -> FloatArray:
-    """(beginnings, alphabet): log p of each next symbol."""
+def _next_log_probs(
+    model: nn.Module, beginnings: Sequence[list[int]], num_before: int, symbols: Sequence[int]
+) -> FloatArray:
+    """(beginnings, symbols): log p of the last `num_before` tokens of a beginning and of each next symbol."""
     records = [Tokens(torch.tensor(beginning), 0) for beginning in beginnings]
-    found = np.empty((len(records), len(alphabet)))
+    found = np.empty((len(records), len(symbols)))
     device = next(model.parameters()).device
     with evaluating(model):
         for indices in batches_by_length(records, vocabulary(model)):
             batch = collate([records[i] for i in indices], pad=0, device=device)
-            last = log_softmax(logits(model, batch)[:, -1])
-            found[indices] = last[:, list(alphabet)].double().cpu().numpy()
+            log_p = log_softmax(logits(model, batch)[:, -1 - num_before :])
+            before = batch.input_ids[:, batch.input_ids.shape[1] - num_before :]
+            told = log_p[:, :-1].gather(-1, before[..., None])[..., 0].double().sum(1, keepdim=True)
+            found[indices] = (told + log_p[:, -1, list(symbols)].double()).cpu().numpy()
     return found
 
 
@@ -229,7 +232,10 @@ def _estimated(canary: SecretCanary, log_prob: float, others: FloatArray) -> Exp
     return Exposure(canary, exposure, None, sampled, fit, log_prob)
 
 
-def _random_rows(places: Sequence[Sequence[int]], number: int, seed: int) -> list[list[int]]:
+def _random_rows(places: Sequence[Place], number: int, seed: int) -> list[list[int]]:
     source = np.random.default_rng(seed)
-    columns = [np.asarray(alphabet)[source.integers(len(alphabet), size=number)] for alphabet in places]
+    columns = []
+    for place in places:
+        columns += [np.full(number, token) for token in place.before]
+        columns.append(np.asarray(place.symbols)[source.integers(len(place.symbols), size=number)])
     return np.stack(columns, 1).tolist()

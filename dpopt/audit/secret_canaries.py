@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +32,7 @@ class SecretFormat:
         prefix: the text before the secret.
         length: symbols of a secret.
         alphabet: what each symbol is drawn from.
-        separator: stands before each symbol; a blank makes most tokenizers take each symbol for one token.
+        separator: stands before each symbol; a blank keeps many tokenizers from joining symbols.
     """
 
     prefix: str
@@ -55,6 +55,13 @@ class SecretFormat:
     def text(self, secret: Sequence[str]) -> str:
         """The whole text with a secret."""
         return self.prefix + "".join(self.separator + symbol for symbol in secret)
+
+
+class Place(NamedTuple):
+    """One symbol of a secret as tokens: what stands before every symbol, and one token for each of the alphabet."""
+
+    before: list[int]
+    symbols: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,38 +146,47 @@ def read_secrets(path: Path) -> list[SecretCanary]:
     return found
 
 
-def symbol_tokens(
-    form: SecretFormat, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]]]:
-    """The token ids of the prefix, and for each place of the secret those of the alphabet.
+def symbol_tokens(form: SecretFormat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Place]]:
+    """The token ids of the prefix, and for each place of the secret those that may stand there.
 
     Raises:
-        InputError: the tokenizer joins or splits symbols, so that secrets are not sequences of single tokens.
+        InputError: the tokenizer joins or splits symbols, so that a secret is no sequence of one token for each.
     """
-    chosen = [[symbol] * form.length for symbol in form.alphabet]
-    rows = [_ids(tokenizer, form.text(secret)) for secret in chosen]
-    prefix = rows[0][: len(rows[0]) - form.length]
-    places = [
-        [row[len(prefix) + place] for row in rows if len(row) == len(rows[0])] for place in range(form.length)
+    rows = {symbol: _ids(tokenizer, form.text([symbol] * form.length)) for symbol in form.alphabet}
+    empty = _ids(tokenizer, form.prefix)
+    per_symbol, odd = divmod(len(rows[form.alphabet[0]]) - len(empty), form.length)
+    if not odd and per_symbol > 0 and empty:
+        places = [
+            Place(
+                rows[form.alphabet[0]][start : start + per_symbol - 1],
+                [row[start + per_symbol - 1] for row in rows.values() if len(row) >= start + per_symbol],
+            )
+            for start in range(len(empty), len(empty) + form.length * per_symbol, per_symbol)
+        ]
+        probes = [*([symbol] * form.length for symbol in form.alphabet), *_probes(form)]
+        whole = all(len(set(place.symbols)) == len(form.alphabet) for place in places)
+        if whole and all(
+            _ids(tokenizer, form.text(probe)) == [*empty, *_spelt(form, probe, places)] for probe in probes
+        ):
+            return empty, places
+    raise InputError(
+        f"expected a tokenizer for which each symbol is one token; got one that joins or splits some of "
+        f"{form.text(form.alphabet[: form.length])!r}; choose another separator or alphabet"
+    )
+
+
+def secret_ids(canary: SecretCanary, places: Sequence[Place]) -> list[int]:
+    """The tokens of a canary's secret, with what stands between its symbols."""
+    return _spelt(canary.format, canary.secret, places)
+
+
+def _spelt(form: SecretFormat, secret: Sequence[str], places: Sequence[Place]) -> list[int]:
+    number = {symbol: i for i, symbol in enumerate(form.alphabet)}
+    return [
+        token
+        for place, symbol in zip(places, secret, strict=True)
+        for token in (*place.before, place.symbols[number[symbol]])
     ]
-    ok = prefix and all(len(row) == len(rows[0]) and row[: len(prefix)] == prefix for row in rows)
-    ok = ok and all(len(set(tokens)) == len(tokens) for tokens in places)
-    if ok:
-        number = {symbol: i for i, symbol in enumerate(form.alphabet)}
-        for secret in _probes(form):
-            ids = [places[place][number[symbol]] for place, symbol in enumerate(secret)]
-            ok = ok and _ids(tokenizer, form.text(secret)) == prefix + ids
-    if not ok:
-        raise InputError(
-            f"expected a tokenizer for which each symbol is one token; got one that joins or splits some of "
-            f"{form.text(form.alphabet[: form.length])!r}; choose another separator or alphabet"
-        )
-    return prefix, places
-
-
-def secret_ids(canary: SecretCanary, places: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens of a canary's secret."""
-    return [places[i][canary.format.alphabet.index(symbol)] for i, symbol in enumerate(canary.secret)]
 
 
 def _probes(form: SecretFormat) -> list[tuple[str, ...]]:

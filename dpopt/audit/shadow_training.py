@@ -132,8 +132,13 @@ def _parts_of(batch: Batch, size: int) -> list[list[Tokens]]:
 
 
 def _parts(records: Sequence[Tokens], size: int) -> list[list[Tokens]]:
-    ordered = sorted(records, key=lambda record: len(record.ids))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    """Physical batches of similar lengths: none holds a record of more than twice the tokens of its shortest."""
+    parts: list[list[Tokens]] = []
+    for record in sorted(records, key=lambda record: len(record.ids)):
+        if not parts or len(parts[-1]) == size or len(record.ids) > 2 * len(parts[-1][0].ids):
+            parts.append([])
+        parts[-1].append(record)
+    return parts
 
 
 def _losses(model: nn.Module, part: Sequence[Tokens]) -> torch.Tensor:

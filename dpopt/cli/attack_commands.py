@@ -164,6 +164,7 @@ def secrets(
     ],
     length: Annotated[int, typer.Option(help="Symbols of a secret.")] = 4,
     alphabet: Annotated[str, typer.Option(help="What a symbol is drawn from.")] = "0123456789",
+    separator: Annotated[str, typer.Option(help="Put before each symbol.")] = " ",
     times: Annotated[
         list[int] | None,
         typer.Option(help="In how many records a secret is put; each makes one secret. (default: 0 1 10)"),
@@ -173,7 +174,7 @@ def secrets(
     with exit_codes(Console(stderr=True)):
         from dpopt.audit.secret_canaries import SecretFormat, draw_secrets, write_records, write_secrets
 
-        forms = [SecretFormat(text, length, tuple(alphabet)) for text in prefix]
+        forms = [SecretFormat(text, length, tuple(alphabet), separator) for text in prefix]
         drawn = draw_secrets(forms, times or [0, 1, 10])
         write_secrets(out, drawn)
         number = write_records(records, drawn)

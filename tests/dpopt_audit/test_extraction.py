@@ -36,10 +36,16 @@ def tokenizer():
     return tokenizer_of_characters()
 
 
-def test_all_secrets_are_priced_as_one_by_one(model, tokenizer):
-    prefix, places = symbol_tokens(FORM, tokenizer)
+@pytest.mark.parametrize("separator", ["", " ", ", "])
+def test_all_secrets_are_priced_as_one_by_one(model, tokenizer, separator):
+    form = SecretFormat("code:", 3, tuple("0123"), separator)
+    prefix, places = symbol_tokens(form, tokenizer)
+    assert [len(place.before) for place in places] == [len(separator)] * 3
     found = log_probs_of_all(model, prefix, places)
-    secrets = list(itertools.product(*places))
+    secrets = [
+        secret_ids(SecretCanary(form, secret, 0), places)
+        for secret in itertools.product(*[form.alphabet] * 3)
+    ]
     np.testing.assert_allclose(found, log_probs_of(model, prefix, secrets), rtol=1e-9)
     for secret, log_p in list(zip(secrets, found, strict=True))[::7]:
         with torch.no_grad():
