@@ -29,21 +29,21 @@ from torch import nn
 from accountants import Gaussian, PoissonSampled, Repeated, accountant
 from benchmarks.report import command_line, default_path, described, surroundings, write
 from dpopt import noise_multiplier
+from dpopt.atomic_files import write_file
+from dpopt.attacks.battery import Signals, run_attacks
+from dpopt.attacks.canaries import DIGITS, SecretCanary, SecretFormat, bits, draw_secrets, symbol_tokens
+from dpopt.attacks.curves import auc, tpr_at_fpr
+from dpopt.attacks.extraction import complete, exposures, rate
+from dpopt.attacks.language_signals import sequence_losses, token_signals
+from dpopt.attacks.shadow import ShadowPlan, finished, record_digest, train_shadows
+from dpopt.attacks.shadow_training import Recipe, train_language_model
 from dpopt.audit import GAUSSIAN, Evidence, fdp_one_run, steinke
-from dpopt.audit.attack_curves import auc, tpr_at_fpr
-from dpopt.audit.attack_language import sequence_losses, token_signals
-from dpopt.audit.attack_run import Signals, run_attacks
-from dpopt.audit.extraction import complete, exposures, rate
 from dpopt.audit.families import gaussian_covers
-from dpopt.audit.secret_canaries import DIGITS, SecretCanary, SecretFormat, bits, draw_secrets, symbol_tokens
-from dpopt.audit.shadow import ShadowPlan, finished, record_digest, train_shadows
-from dpopt.audit.shadow_training import Recipe, train_language_model
-from dpopt.durable import write_file
 from dpopt.finetune.language_model import Tokens, encode, load, save
-from dpopt.records import InputError, TextRecord
+from dpopt.finetune.record_files import InputError, TextRecord
 
 DELTA = 1e-5
-NAMES = ("Ann", "Bob", "Eve", "Tim")
+NAMES = ("Ann", "Bob")
 TIMES = (0, 0, 1, 8)
 
 
@@ -54,12 +54,12 @@ class Setting:
     model: str
     epsilon: float
     rate: float = 0.25
-    steps: int = 40
-    learning_rate: float = 2e-3
+    steps: int = 30
+    learning_rate: float = 3e-3
     optimizer: str = "adamw"
-    num_pool: int = 800
-    num_canaries: int = 1000
-    max_tokens: int = 64
+    num_pool: int = 300
+    num_canaries: int = 600
+    max_tokens: int = 48
     seed: int = 1
 
     @property
@@ -124,9 +124,9 @@ def new_tokens(model: nn.Module, before: int, number: int) -> list[Tokens]:
 
 
 def formats(tokenizer: Any) -> list[SecretFormat]:
-    """Secrets of 4 digits, or of letters where the tokenizer joins digits."""
+    """Secrets of 3 digits, or of letters where the tokenizer joins digits."""
     for separator, alphabet in (("", DIGITS), (" ", tuple("abcdefghij"))):
-        found = [SecretFormat(f"the code of {name} is", 4, alphabet, separator) for name in NAMES]
+        found = [SecretFormat(f"the code of {name} is", 3, alphabet, separator) for name in NAMES]
         try:
             for one in found:
                 symbol_tokens(one, tokenizer)
@@ -273,7 +273,9 @@ def settings(names: Sequence[str], seeds: Sequence[int]) -> list[Setting]:
     """The cells: realistic training at four budgets, and one that gives the canaries all the power there is."""
     cells = [Setting(name, epsilon) for name in names for epsilon in (math.inf, 8.0, 4.0, 1.0)]
     power = [
-        Setting(name, 4.0, 0.5, 40, 0.01, "sgd", num_pool=100, seed=seed) for name in names for seed in seeds
+        Setting(name, 4.0, 0.5, 30, 0.01, "sgd", num_pool=40, num_canaries=1000, seed=seed)
+        for name in names
+        for seed in seeds
     ]
     return cells + power
 
@@ -301,6 +303,16 @@ def main(words: list[str] | None = None) -> None:
     cells = [
         one for one in settings(list(models), options.seeds) if not options.only or options.only in one.name
     ]
+    if options.shadows and options.only == "shadows":
+        for name in models:
+            train_shadow_models(
+                Setting(name, math.inf),
+                options.shadows,
+                models,
+                options.data,
+                options.kept / f"shadows-{name}",
+            )
+        return
     with Progress() as progress:
         line = progress.add_task("cells", total=len(cells))
         for setting in cells:

@@ -108,7 +108,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 if step.checks is not None:
                     step.checks.hand_out(batch, part.size, first=part.first)
             yield batch
-            if part.last and step.num_drawn is not None:
+            if part.last and step.admission.num_drawn is not None:
                 raise RuntimeError(
                     "expected step() of the private optimizer on every drawn batch; got the next request before it; two draws "
                     "in one step are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.evidence import Evidence, FloatArray
-from dpopt.audit.verdict import Claim
+from dpopt.audit.verdict import Claim, rounded_down
+from dpopt.reports.report import rounded_up
 
 _INK, _GREY, _BLUE, _ORANGE = "#1c2430", "#8a94a6", "#2f6fde", "#d9622b"
 
@@ -29,7 +30,7 @@ def bounds_picture(claim: Claim, bounds: Sequence[LowerBound]) -> bytes:
         over = bound.epsilon > claim.epsilon
         axes.barh(row, min(bound.epsilon, width), height=0.5, color=_ORANGE if over else _BLUE)
         axes.annotate(
-            "no limit" if math.isinf(bound.epsilon) else f"{bound.epsilon:.2f}",
+            "no limit" if math.isinf(bound.epsilon) else rounded_down(bound.epsilon),
             (min(bound.epsilon, width), row), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=9, color=_INK,
         )  # fmt: skip
@@ -38,11 +39,12 @@ def bounds_picture(claim: Claim, bounds: Sequence[LowerBound]) -> bytes:
     if math.isfinite(claim.epsilon):
         axes.axvline(claim.epsilon, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.annotate(
-            f"claim {claim.epsilon:.2f}", (claim.epsilon, len(bounds) - 0.5), xytext=(4, 2),
+            f"claim {rounded_up(claim.epsilon)}", (claim.epsilon, -0.5), xytext=(4, 3),
             textcoords="offset points", fontsize=9, color=_INK,
         )  # fmt: skip
     axes.set_yticks(range(len(bounds)), [bound.title for bound in reversed(bounds)])
     axes.set_xlim(0, width)
+    axes.set_ylim(-0.6, len(bounds) - 0.5)
     _dress(
         axes, f"epsilon at delta {claim.delta:g}, at least (grey: what perfect scores would show)", "", "x"
     )

@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass
 from dpopt.audit.bounds import LowerBound
 from dpopt.audit.controls import Control
 from dpopt.audit.evidence import Evidence
-from dpopt.audit.verdict import Claim, Verdict
-from dpopt.report import page, rounded_up
+from dpopt.audit.verdict import Claim, Verdict, rounded_down
+from dpopt.reports.report import page, rounded_up
+
+_ENDLESS = 1e3  # an epsilon above it is told as none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +55,9 @@ class AuditReport:
         return json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
 
 
-def rounded_down(value: float, digits: int = 2) -> str:
-    """A lower bound for people: never above the bound."""
-    if math.isinf(value):
-        return "infinity"
-    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}"
-
-
 def could_show(bound: LowerBound) -> str:
     """What the bound could have shown at most, for people."""
-    return "no limit" if math.isinf(bound.largest_possible) else rounded_down(bound.largest_possible)
+    return "no limit" if bound.largest_possible > _ENDLESS else rounded_down(bound.largest_possible)
 
 
 def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
@@ -90,7 +85,7 @@ def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
         "<h2>Controls</h2>",
         _table(
             ("Control", "Came out as it must", "What was seen"),
-            [(c.name, "yes" if c.passed else "NO", c.observed) for c in report.controls],
+            [(f"{c.kind}: {c.name}", "yes" if c.passed else "NO", c.observed) for c in report.controls],
         ),
         "<h2>The evidence</h2>",
     ]
@@ -116,7 +111,8 @@ def _reading(report: AuditReport) -> str:
     return (
         "A lower bound is what was shown to leak: the truth lies between the largest of them and the claim, if the claim "
         "holds. All bounds hold together with the stated confidence. A low one does not show that a run is private: "
-        "other attacks may see more, and no bound can show more than its fourth column says."
+        "other attacks may see more, and no bound can show more than its fourth column says. At 95 % confidence one true "
+        "claim in twenty is refuted by chance: repeat the run, or ask for a higher confidence, before you believe it."
     )
 
 

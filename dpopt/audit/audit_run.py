@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accountants import Bound, History, UnpricedEvent, accountant, ledger_bound, read
+from accountants.ledger.summary import summary
 from dpopt.audit import controls
 from dpopt.audit.audit_report import AuditReport
 from dpopt.audit.battery import lower_bounds, of_many_runs
@@ -17,6 +19,7 @@ from dpopt.audit.coins import about, files, read_evidence
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.families import GAUSSIAN, Family, gaussian_covers
 from dpopt.audit.verdict import Claim, verdict
+from dpopt.budget.ledger_files import insecurity
 
 _REPORT = "report.json"
 
@@ -35,6 +38,7 @@ def audit_runs(paths: Sequence[Path], *, delta: float | None = None, confidence:
     """
     ledgers = [ledger_of(path) for path in paths]
     runs = [_evidence(ledger) for ledger in ledgers]
+    _require_different(ledgers, runs)
     delta = _delta(ledgers[0]) if delta is None else delta
     histories = [read(ledger) for ledger in ledgers]
     claims = [ledger_bound(history, delta) for history in histories]
@@ -51,9 +55,11 @@ def audit_runs(paths: Sequence[Path], *, delta: float | None = None, confidence:
     tried = (
         controls.positive(pooled, again, claim.epsilon),
         controls.negative(pooled, again, confidence),
+        *((controls.power(pooled, again, claim.epsilon, delta),) if 0 < claim.epsilon < math.inf else ()),
         *(found for one in pooled if (found := controls.noise(one)) is not None),
     )
-    claimed = Claim(claim.epsilon, claim.delta, claim.method, claim.assumptions)
+    attempts = [attempt.config for history in histories for attempt in summary(history).attempts]
+    claimed = Claim(claim.epsilon, claim.delta, claim.method, (*claim.assumptions, *insecurity(attempts)))
     return AuditReport(
         runs=tuple(path.name for path in paths),
         claim=claimed,
@@ -94,6 +100,15 @@ def _evidence(ledger: Path) -> tuple[Evidence, ...]:
         raise ValueError(str(error)) from error
 
 
+def _require_different(ledgers: Sequence[Path], runs: Sequence[tuple[Evidence, ...]]) -> None:
+    seen = {tuple(one.scores.tobytes() for one in run) for run in runs}
+    if len(seen) < len(runs):
+        raise ValueError(
+            f"runs that are audited together must be different runs; got {', '.join(map(str, ledgers))}, of which two have the "
+            "same scores; name each run once"
+        )
+
+
 def _delta(ledger: Path) -> float:
     path = ledger.with_name(_REPORT)
     try:
@@ -116,7 +131,7 @@ def _family(histories: Sequence[History], claim: Bound, num_records: int) -> Fam
             return None
         if not gaussian_covers(curve, claim.epsilon, claim.delta, num_records):
             return None
-    return GAUSSIAN
+    return replace(GAUSSIAN, assumption=f"{GAUSSIAN.assumption}, as the price of its ledger shows")
 
 
 def _about(ledgers: Sequence[Path]) -> Mapping[str, object]:

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipping.points import Points
+from clipping.gradients.points import Points
+from clipping.step.step_sum import StepSum
 from dpopt.audit import coins as sealing
 from dpopt.audit.canaries import LENGTH, Canaries
 from dpopt.audit.coins import Coins
+from dpopt.audit.costs import measured, stated
 from dpopt.audit.drawing import Drawn, law_of, own_coins, parted
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.honest import require_honest
@@ -30,15 +32,20 @@ from dpopt.audit.scoring import Scores
 from dpopt.estimators.estimator import Estimator
 from dpopt.mechanisms import Mechanism
 from dpopt.randomness import RandomKey, generator, insecure_key
+from dpopt.release.release import Seen
 from dpopt.sampling import PoissonSampling, Records, Sampling
-from dpopt.step import StepSum
 
 
 class Audited:
     """The canaries of a run that draws by `sampling` (the widened one) and sums by `step`."""
 
     def __init__(
-        self, canaries: Canaries, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
+        self,
+        canaries: Canaries,
+        sampling: Sampling,
+        estimator: Estimator,
+        mechanism: Mechanism,
+        step: StepSum,
     ) -> None:
         require_honest(canaries, estimator, mechanism)
         self.canaries = canaries
@@ -54,7 +61,9 @@ class Audited:
             self._placed(insecure_key(0))
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("expected the coins of a run to stay in it; got a copy or a pickle; read its files at the end")
+        raise TypeError(
+            "expected the coins of a run to stay in it; got a copy or a pickle; read its files at the end"
+        )
 
     # -- a run begins and ends --------------------------------------------------------------------------
 
@@ -69,11 +78,14 @@ class Audited:
         self._before = None if canaries.is_dirac else losses_of(canaries)
         return {"kind": canaries.kind, "canaries": canaries.num, "commitment": self._coins.commitment}
 
-    def begin(self, ledger: Path) -> None:
+    def begin(self, ledger: Path, charges_before: int) -> None:
         """The run has its ledger: note there that coins are sealed, and say what the canaries will cost."""
         assert self._coins is not None
+        self._charges_before = charges_before
         sealing.sealed(ledger, self._coins)
-        print(f"dpopt: audit: {self.statement()}", file=sys.stderr)
+        clipper = self._step.contribution.clipper
+        said = stated(self.canaries, self._sampling, self._places, clipper, self._mechanism)
+        print(f"dpopt: audit: {said}", file=sys.stderr)
 
     def close(self, ledger: Path) -> None:
         """The run has ended: score what is left to score, and open the coins. Once; nothing where nothing was released.
@@ -85,7 +97,11 @@ class Audited:
         if coins is None or not self._scores.informations:
             return
         self.evidence = self._scored(coins)
-        sealing.opened(ledger, coins, self.evidence, self.measured())
+        told = measured(
+            self.canaries, self._places, self._step.contribution.clipper, self._mechanism,
+            steps=len(self._scores.informations), joined=self._num_joined if own_coins(self._sampling) else None,
+        )  # fmt: skip
+        sealing.opened(ledger, coins, self.evidence, told | {"charges_before": self._charges_before})
 
     def joined(self, dataset: Records[object]) -> Records[object]:
         """The data set, and behind it the input canaries that may be drawn."""
@@ -114,14 +130,14 @@ class Audited:
         for past in [n for n in self._drawn if n < number]:
             del self._drawn[past]
 
-    def join(self) -> None:
-        """Add the canaries that are drawn and in to the step's sum, through its clipper."""
+    def join(self) -> Seen:
+        """Add the canaries that are drawn and in to the step's sum, through its clipper; what shall see its releases."""
         self._normal[:], self._information = 0.0, 0.0
         assert self._coins is not None
         took_part = self._here[self._coins.included[self._here]]
         self._num_joined += len(took_part)
         if self._places is None or not len(took_part):
-            return
+            return self.see
         ranks = np.full(self.canaries.num, -1)
         ranks[took_part] = np.arange(len(took_part))
         scale = self._step.sums.scale(len(took_part))
@@ -130,6 +146,7 @@ class Audited:
             length = LENGTH * self._step.contribution.clipper.clip_norms[row] / scale
             found |= self._points(group, torch.from_numpy(ranks), len(took_part), length)
         self._step.join(found, len(took_part))
+        return self.see
 
     def see(self, released: Mapping[str, Tensor], stds: Mapping[str, float], divisor: float) -> None:
         """One release of the step: vectors and the deviation of their noise, both divided by `divisor`."""
@@ -157,46 +174,15 @@ class Audited:
         took_part = self._here[self._coins.included[self._here]]
         self._scores.add(self._normal / strength, strength, took_part, self._here)
 
-    # -- what it costs ----------------------------------------------------------------------------------
-
-    def statement(self) -> str:
-        """What the canaries will cost the run, before it begins."""
-        kind, rate = law_of(self._sampling)
-        share = rate if kind == "each step" else 1 / rate if kind == "once in" else 1 / self._sampling.steps_per_charge
-        mean = share * self.canaries.num / 2
-        said = (
-            f"{self.canaries.num} canaries ({self.canaries.kind}), each in by a secret fair coin, are drawn and paid for as "
-            "records; no record takes part more often for them, so they cost no budget. "
-        )
-        if self._places is None:
-            return said + f"About {mean:.3g} of them join each batch, and are learnt like records"
-        step = self._step.contribution.clipper.sensitivity
-        noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(self._places.num_coordinates)
-        return (
-            f"{said}They lie at {self._places.num_touched:,} of {self._places.num_coordinates:,} trained coordinates "
-            f"({self._places.num_touched / self._places.num_coordinates:.2%}); about {mean:.3g} of them join each step, which "
-            f"moves its sum by {step * math.sqrt(mean):.3g}, beside noise of norm {step * noise:.3g}"
-        )
-
-    def measured(self) -> dict[str, object]:
-        """What they did cost: public, as everything the canaries are is made up."""
-        steps = len(self._scores.informations)
-        told: dict[str, object] = {"steps": steps, "canaries": self.canaries.num, "joined": self._num_joined}
-        if self._places is not None:
-            step = self._step.contribution.clipper.sensitivity
-            noise = getattr(self._mechanism, "noise_multiplier", 0.0) * math.sqrt(self._places.num_coordinates)
-            told["moved_each_step"] = step * math.sqrt(self._num_joined / steps)
-            told["norm_of_noise"] = step * noise
-            told["share_of_coordinates"] = self._places.num_touched / self._places.num_coordinates
-        return told
-
     # -----------------------------------------------------------------------------------------------------
 
     def _placed(self, key: RandomKey) -> Places:
         sums = self._step.sums
         return placed(self.canaries, sums.groups, self._step.parameters, generator(key, "canaries", "places"))
 
-    def _points(self, group: Mapping[str, object], ranks: Tensor, num: int, length: float) -> dict[str, Points]:
+    def _points(
+        self, group: Mapping[str, object], ranks: Tensor, num: int, length: float
+    ) -> dict[str, Points]:
         found = {}
         for name, there in group.items():
             numbers, places = there  # pyright: ignore[reportGeneralTypeIssues]
@@ -214,10 +200,14 @@ class Audited:
             rate = self._sampling.sampling_rate if isinstance(self._sampling, PoissonSampling) else None
             noisy = getattr(self._mechanism, "noise_multiplier", 0.0) > 0
             # Around a centre every record speaks at every coordinate.
-            alone = self.canaries.untouched and self._step.contribution.moved is None and own_coins(self._sampling)
+            alone = (
+                self.canaries.untouched
+                and self._step.contribution.moved is None
+                and own_coins(self._sampling)
+            )
             return self._scores.evidence(coins.included, alone=alone, noisy=noisy, rate=rate)
         assert self._before is not None
-        fallen = (self._before - losses_of(self.canaries)).double().cpu().numpy()
-        usable = np.where(np.isnan(fallen), -np.inf, fallen)
+        fallen = (self._before - losses_of(self.canaries)).double().nan_to_num(-math.inf, math.inf, -math.inf)
+        scores = fallen.cpu().numpy().round(6)
         kind = f"{self.canaries.kind}, fall of the loss"
-        return (Evidence(np.round(usable, 6), coins.included, kind),)
+        return (Evidence(scores, coins.included, kind),)

@@ -101,7 +101,7 @@ def of_many_runs(
         elif not alike[0].per_step:
             pooled.append(first_of_each(alike))
     told = lower_bounds(pooled, delta, 1 - (1 - confidence) / 2, family=family)
-    rates = [one for one in pooled if not one.per_step]
+    rates = [one for one in pooled if not one.per_step][-1:]
     spare = (1 - confidence) / 2 / max(1, len(rates))
     return tuple(pooled), (
         *told,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,16 +98,16 @@ def binomial_upper(right: int, total: int, significance: float) -> float:
     return 1.0 if right == total else 1.0 - binomial_lower(total - right, total, significance)
 
 
-def largest_refuted(refuted: Callable[[float], bool], most: float = MOST) -> float:
+def largest_refuted(refuted: Callable[[float], bool], most: float = MOST, factor: float = 1.25) -> float:
     """The strength up to which every strength is refuted, to 1e-6 relative, from below; 0.0 where none is.
 
-    It goes up until a strength stands, so that it never steps over one that is not refuted and is looked at.
+    It goes up by `factor` until a strength stands, so that it never steps over one that is not refuted and is looked at.
     """
     low, high = 0.0, 1e-3
     if not refuted(low):
         return 0.0
     while refuted(high):
-        low, high = high, high * 1.25
+        low, high = high, high * factor
         if high > most:
             return most
     while high - low > 1e-6 * high:
@@ -115,11 +116,12 @@ def largest_refuted(refuted: Callable[[float], bool], most: float = MOST) -> flo
     return low
 
 
+@lru_cache(maxsize=1024)
 def strength_of_advantage(family: Family, advantage: float) -> float:
     """The largest strength whose advantage lies below `advantage`; 0.0 where that of strength 0 does not."""
     if advantage <= 0:
         return 0.0
-    return largest_refuted(lambda strength: family.advantage(strength) < advantage)
+    return largest_refuted(lambda strength: family.advantage(strength) < advantage, factor=2.0)  # it rises
 
 
 def epsilon_of(family: Family, strength: float, delta: float) -> float:

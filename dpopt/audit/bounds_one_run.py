@@ -7,6 +7,7 @@ The k most and the k least suspicious records are guessed; k is a share of m fix
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import bdtrc
@@ -24,6 +25,7 @@ from dpopt.audit.bounds import (
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.families import GAUSSIAN, Family
 
+_MOST_STRENGTH = 50.0  # far above what any number of guesses refutes
 SHARE = 0.05
 """The share of the records that is guessed at either end."""
 
@@ -61,7 +63,7 @@ def steinke(evidence: Evidence, delta: float, confidence: float = 0.95, share: f
     right = num_right(evidence, k, k)
 
     def bound(v: int) -> float:
-        return largest_refuted(lambda epsilon: steinke_p_value(m, 2 * k, v, epsilon, delta) <= significance)
+        return _steinke_bound(m, 2 * k, v, delta, significance)
 
     return LowerBound(
         name="one run, guesses",
@@ -72,6 +74,11 @@ def steinke(evidence: Evidence, delta: float, confidence: float = 0.95, share: f
         largest_possible=bound(2 * k),
         observed=f"{right} of {2 * k} guesses right, out of {m} records",
     )
+
+
+@lru_cache(maxsize=4096)
+def _steinke_bound(m: int, guesses: int, right: int, delta: float, significance: float) -> float:
+    return largest_refuted(lambda epsilon: steinke_p_value(m, guesses, right, epsilon, delta) <= significance)
 
 
 def steinke_p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
@@ -131,10 +138,7 @@ def fdp_one_run(
     right = num_right(evidence, k, k)
 
     def bound(v: int) -> float:
-        strength = largest_refuted(
-            lambda strength: fdp_refuted(m, 2 * k, v, strength, significance, family), 50.0
-        )
-        return epsilon_of(family, strength, delta)
+        return epsilon_of(family, _fdp_bound(m, 2 * k, v, significance, family), delta)
 
     return LowerBound(
         name="one run, trade-off curve",
@@ -144,6 +148,13 @@ def fdp_one_run(
         assumptions=(FAIR, family.assumption),
         largest_possible=bound(2 * k),
         observed=f"{right} of {2 * k} guesses right, out of {m} records",
+    )
+
+
+@lru_cache(maxsize=4096)
+def _fdp_bound(m: int, guesses: int, right: int, significance: float, family: Family) -> float:
+    return largest_refuted(
+        lambda strength: fdp_refuted(m, guesses, right, strength, significance, family), _MOST_STRENGTH
     )
 
 

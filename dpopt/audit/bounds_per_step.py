@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 
-from dpopt.audit.bounds import INDEPENDENT, LowerBound, check_arguments, epsilon_of
-from dpopt.audit.bounds_gaussian import ONE_GAUSSIAN, check_independent, shift_in_spread
+from dpopt.audit.bounds import INDEPENDENT, LowerBound, check_arguments, check_independent, epsilon_of
+from dpopt.audit.bounds_gaussian import ONE_GAUSSIAN, shift_in_spread
 from dpopt.audit.evidence import Evidence
 from dpopt.audit.families import poisson_steps
 

@@ -18,18 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dpopt.audit.drawing import widened
-
-if TYPE_CHECKING:
-    from dpopt.audit.audited import Audited
-    from dpopt.estimators.estimator import Estimator
-    from dpopt.mechanisms import Mechanism
-    from dpopt.sampling import Sampling
-    from dpopt.step import StepSum
+from dpopt.sampling import Sampling
 
 DIRAC = "dirac"
 LENGTH = 100.0
@@ -122,9 +115,3 @@ class Canaries:
         A record takes part no more often than by `sampling`; where batches are of a fixed size, they grow in proportion.
         """
         return widened(sampling, self.num)
-
-    def in_run(self, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum) -> Audited:
-        """These canaries in one run, which draws by the widened `sampling`; refused where they cannot be honest."""
-        from dpopt.audit.audited import Audited  # it imports what a run is made of
-
-        return Audited(self, sampling, estimator, mechanism, step)

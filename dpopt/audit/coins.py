@@ -19,16 +19,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from accountants import read
+from dpopt.atomic_files import written_file
 from dpopt.audit.evidence import BoolArray, Evidence
-from dpopt.durable import written_file
-from dpopt.randomness import RandomKey, fair_coins, subkey
+from dpopt.randomness.keys import RandomKey, fair_coins, subkey
 
 COINS, SCORES = "audit-coins.json", "audit-scores.json"
 _USUAL = "privacy.ledger.jsonl"
@@ -67,9 +67,7 @@ def sealed(ledger: Path, coins: Coins) -> None:
     _put(files(ledger)[0], {"run": coins.commitment, "sealed": True})
 
 
-def opened(
-    ledger: Path, coins: Coins, evidence: Sequence[Evidence], about: Mapping[str, object]
-) -> None:
+def opened(ledger: Path, coins: Coins, evidence: Sequence[Evidence], about: Mapping[str, object]) -> None:
     """Write coins and scores of a run that has ended; the scores first.
 
     Raises:
@@ -98,7 +96,7 @@ def read_evidence(ledger: Path) -> tuple[Evidence, ...]:
             "dpopt finetune --audit canaries=1000"
         )
     runs = _runs(coins_at)
-    last = runs[-1] if runs else {"sealed": True}
+    last: dict[str, Any] = runs[-1] if runs else {"sealed": True}
     if last.get("sealed", True):
         raise ValueError(
             f"expected a run that has ended beside {ledger}; got one that still trains, or was killed, whose coins nobody "
@@ -110,9 +108,10 @@ def read_evidence(ledger: Path) -> tuple[Evidence, ...]:
             f"expected the scores of the run {last['run'][:12]} in {scores_at}; got none that fit; put the file back, "
             "or train anew"
         )
-    _require_committed(ledger, last)
     pairs = zip(scores[0]["evidence"], last["included"], strict=True)
-    return tuple(Evidence.from_json(json.dumps(told | {"included": took_part})) for told, took_part in pairs)
+    found = tuple(Evidence.from_json(json.dumps(told | {"included": took_part})) for told, took_part in pairs)
+    _require_committed(ledger, last, [one.included for one in found if not one.per_step])
+    return found
 
 
 def about(ledger: Path) -> Mapping[str, Any]:
@@ -120,16 +119,14 @@ def about(ledger: Path) -> Mapping[str, Any]:
     return _runs(files(ledger)[1])[-1]["about"]
 
 
-def told_on(evidence: Evidence, decimals: int = 6) -> Evidence:
-    """The same with scores that are written with so many decimals."""
-    return replace(evidence, scores=np.round(evidence.scores, decimals))
-
-
-def _require_committed(ledger: Path, run: Mapping[str, Any]) -> None:
+def _require_committed(ledger: Path, run: Mapping[str, Any], told: Sequence[BoolArray]) -> None:
     included = np.array(run["coins"], dtype=bool)
-    attempts = [record.payload["config"] for record in read(ledger).records if record.kind == "attempt"]
+    attempts: list[Any] = [
+        record.payload["config"] for record in read(ledger).records if record.kind == "attempt"
+    ]
     named = [attempt["audit"]["commitment"] for attempt in attempts if "audit" in attempt]
-    if _commitment(included, bytes.fromhex(run["salt"])) != run["run"] or run["run"] not in named:
+    fits = _commitment(included, bytes.fromhex(run["salt"])) == run["run"] and run["run"] in named
+    if not fits or not all(np.array_equal(one, included) for one in told):
         raise ValueError(
             f"expected the coins whose hash is on the ledger {ledger}; got others: they were changed after the run, or are "
             "of another ledger; put the files of this run back"

@@ -13,12 +13,19 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
-from dpopt.sampling import FixedSizeSampling, PoissonSampling, Sampling, TruncatedPoissonSampling
-from dpopt.users import UserSampling
+from dpopt.sampling import (
+    BallsInBins,
+    CyclicSampling,
+    FixedSizeSampling,
+    PoissonSampling,
+    Sampling,
+    ShuffledSampling,
+    TruncatedPoissonSampling,
+    UserSampling,
+)
 
 _OWN_COINS = (PoissonSampling, UserSampling, BallsInBins)
-_SIZED = TypeVar("_SIZED", FixedSizeSampling, ShuffledSampling, CyclicSampling)
+_SIZED = TypeVar("_SIZED", bound=FixedSizeSampling | ShuffledSampling | CyclicSampling)
 
 
 def widened(sampling: Sampling, num_canaries: int) -> Sampling:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from scipy.special import ndtr, ndtri
 
@@ -61,6 +62,17 @@ GAUSSIAN = Family(
 """Gaussian differential privacy; the strength is mu = sensitivity / noise (Dong, Roth, Su 2022, arXiv:1905.02383)."""
 
 
+def strength_of_epsilon(family: Family, epsilon: float, delta: float) -> float:
+    """The strength at which the family has this epsilon at delta, to 1e-9 relative, from above."""
+    low, high = 0.0, 1e-3
+    while family.epsilon(high, delta) <= epsilon and high < MOST:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if family.epsilon(middle, delta) <= epsilon else (low, middle)
+    return high
+
+
 def gaussian_covers(curve: Curve, epsilon: float, delta: float, num_records: int) -> bool:
     """Whether a run leaks no more than the Gaussian release of (epsilon, delta), as far as so many records can tell.
 
@@ -73,15 +85,12 @@ def gaussian_covers(curve: Curve, epsilon: float, delta: float, num_records: int
     """
     if not (0 < epsilon < math.inf and delta > 0):
         return False
-    low, high = 0.0, MOST
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if GAUSSIAN.epsilon(middle, delta) <= epsilon else (low, middle)
-    release = accountant("pld").curve(_gaussian(high))
+    release = accountant("pld").curve(_gaussian(strength_of_epsilon(GAUSSIAN, epsilon, delta)))
     losses = (epsilon * i / 32 for i in range(33))
     return all(curve.delta(loss) <= release.delta(loss) + 1e-3 / num_records for loss in losses)
 
 
+@lru_cache(maxsize=64)  # equal families are one object
 def any_mechanism(delta: float) -> Family:
     """Every mechanism that is (epsilon, delta)-differentially private at this one delta; the strength is epsilon."""
 
@@ -101,6 +110,7 @@ def any_mechanism(delta: float) -> Family:
     )
 
 
+@lru_cache(maxsize=64)
 def poisson_steps(sampling_rate: float, num_steps: int) -> Family:
     """Gaussian steps on Poisson samples, with less noise than recorded; the strength is 1 / noise multiplier.
 

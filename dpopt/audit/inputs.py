@@ -77,7 +77,7 @@ def mislabelled(
     """
     if num_classes < 2:
         raise ValueError(f"expected at least 2 classes to mislabel; got {num_classes}; count the labels")
-    moves = torch.randint(1, num_classes, (len(examples),), generator=generator).tolist()
+    moves = torch.randint(1, num_classes, (len(examples),), generator=generator, device="cpu").tolist()
     found = []
     for (given, label), move in zip(examples, moves, strict=True):
         wrong = (int(label) + move) % num_classes
@@ -86,7 +86,9 @@ def mislabelled(
     return found
 
 
-def random_tokens(num: int, length: int, vocabulary: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+def random_tokens(
+    num: int, length: int, vocabulary: Sequence[int], generator: torch.Generator
+) -> list[Tensor]:
     """`num` sequences of `length` token ids, each drawn evenly and independently out of `vocabulary`."""
-    known = torch.tensor(list(vocabulary))
-    return list(known[torch.randint(len(known), (num, length), generator=generator)])
+    known = torch.tensor(list(vocabulary), device="cpu")
+    return list(known[torch.randint(len(known), (num, length), generator=generator, device="cpu")])

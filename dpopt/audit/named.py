@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from dpopt.audit.canaries import DIRAC
 
+WEIGHTS = "dirac-weights"
 KINDS = {
-    DIRAC: "gradients at one coordinate each, seen in what is released: the sharpest",
+    DIRAC: "gradients at one coordinate each of a layer that is added for them, and that nothing else moves: the sharpest",
+    WEIGHTS: "the same at the model's own weights, where records speak too, so that less can be said",
     "new-tokens": "sequences that end with a token of their own, which no text has; scored by the fall of its loss",
     "random-tokens": "sequences of tokens drawn evenly, scored by the fall of their loss",
     "high-temperature": "sequences from the model itself at a high temperature, scored by the fall of their loss",
@@ -49,5 +51,7 @@ def parsed(text: str) -> AuditRequest:
             f"expected a number of canaries from 2 on; got {number or 'none'}; canaries=1000 is usual"
         )
     if kind not in KINDS:
-        raise ValueError(f"expected canaries of a kind out of {', '.join(KINDS)}; got {kind!r}; leave it out for dirac")
+        raise ValueError(
+            f"expected canaries of a kind out of {', '.join(KINDS)}; got {kind!r}; leave it out for dirac"
+        )
     return AuditRequest(int(number), kind)

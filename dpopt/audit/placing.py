@@ -62,8 +62,9 @@ def _spread(sizes: Mapping[str, int], num: int, generator: torch.Generator) -> d
     stride = whole // num
     if stride == 0:
         return {}
-    places = torch.arange(num) * stride + torch.randint(stride, (num,), generator=generator)
-    owners = torch.randperm(num, generator=generator)
+    places = torch.arange(num, device="cpu") * stride
+    places += torch.randint(stride, (num,), generator=generator, device="cpu")
+    owners = torch.randperm(num, generator=generator, device="cpu")
     chosen, start = {}, 0
     for name, size in sizes.items():
         here = (places >= start) & (places < start + size)
@@ -88,7 +89,8 @@ def _named(canaries: Canaries, sizes: Mapping[str, int]) -> dict[str, There]:
     for name, there in wanted.items():
         here = there[: canaries.num - start]
         if here:
-            chosen[name] = There(torch.arange(start, start + len(here)), torch.tensor(here))
+            numbers = torch.arange(start, start + len(here), device="cpu")
+            chosen[name] = There(numbers, torch.tensor(here, device="cpu"))
         start += len(here)
     return chosen
 

@@ -8,7 +8,7 @@ records of the data set have at that coordinate.
 
 | score | what it is |
 |---|---|
-| sum | sum_t a_t u_ti / sqrt(sum_t a_t^2): standard normal for a canary that is out |
+| sum | sum_t a_t u_ti / sqrt(sum_t a_t^2), over the steps that may be about it: standard normal if it is out |
 | likelihood | sum_t log(1 - q + q exp(a_t u_ti - a_t^2 / 2)); in epochs, the log of the mean over their steps |
 | steps | u_ti itself, of canaries that were in the batch and as many that were not |
 
@@ -40,6 +40,8 @@ class Scores:
     amount: float
     sums: Numbers = field(init=False)
     likelihoods: Numbers = field(init=False)
+    seen: Numbers = field(init=False)
+    """The sum of a_t^2 over the steps that may be about each canary."""
     informations: list[float] = field(default_factory=list)
     pairs: list[Numbers] = field(default_factory=list)
     took_part: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -48,19 +50,21 @@ class Scores:
     _num_in: int = 0
 
     def __post_init__(self) -> None:
-        self.sums, self.likelihoods = np.zeros(self.num), np.zeros(self.num)
+        self.sums, self.likelihoods, self.seen = np.zeros(self.num), np.zeros(self.num), np.zeros(self.num)
         self._epoch = np.full(self.num, -math.inf)
 
-    def add(self, normal: Numbers, strength: float, drawn: NDArray[np.int64], here: NDArray[np.int64]) -> None:
+    def add(
+        self, normal: Numbers, strength: float, drawn: NDArray[np.int64], here: NDArray[np.int64]
+    ) -> None:
         """One step: u (m,), a, the canaries that took part, and those whose place was in the batch."""
         ratio = strength * normal - strength**2 / 2
         if self.kind == "known":  # everybody knows whose place is in the batch
-            held = np.zeros(self.num)
-            held[here] = 1.0
-            self.sums += strength * normal * held
-            self.likelihoods += ratio * held
+            self.sums[here] += strength * normal[here]
+            self.likelihoods[here] += ratio[here]
+            self.seen[here] += strength**2
         else:
             self.sums += strength * normal
+            self.seen += strength**2
             self._weigh(ratio)
         self.informations.append(strength**2)
         self._keep(normal, drawn)
@@ -87,7 +91,9 @@ class Scores:
         self.pairs.append(normal[chosen])
         self.took_part.append(np.arange(len(chosen)) < len(drawn))
 
-    def evidence(self, included: NDArray[np.bool_], *, alone: bool, noisy: bool, rate: float | None) -> tuple[Evidence, ...]:
+    def evidence(
+        self, included: NDArray[np.bool_], *, alone: bool, noisy: bool, rate: float | None
+    ) -> tuple[Evidence, ...]:
         """The evidence: of the whole run by the sum and the likelihood, and of its steps where these are alike.
 
         `alone` says that nothing but the noise and its own coins moves a canary's scores, `noisy` that there is noise;
@@ -97,10 +103,10 @@ class Scores:
         if self._place:
             left = (self.amount - self._place) / self.amount
             likelihoods = likelihoods + np.logaddexp(math.log(left), self._epoch - math.log(self.amount))
-        information = math.fsum(self.informations)
-        noise_std = 1.0 if alone and noisy else None
+        noise_std = 1.0 if alone and noisy and self.seen.min() > 0 else None
+        sums = self.sums / np.sqrt(np.where(self.seen > 0, self.seen, 1.0))
         whole = Evidence(
-            np.round(self.sums / math.sqrt(information), 6), included, "dirac, sum over the steps",
+            np.round(sums, 6), included, "dirac, sum over the steps",
             independent=alone, noise_std=noise_std,
         )  # fmt: skip
         found = [whole]

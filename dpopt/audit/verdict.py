@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpopt.audit.bounds import LowerBound
-from dpopt.audit.controls import Control
+from dpopt.audit.controls import NEGATIVE, POSITIVE, POWER, Control
+from dpopt.reports.report import rounded_up
 
 STANDS, REFUTED, NO_POWER = 0, 1, 3
 _FAR = 0.5  # of the claim: an audit that can show no more than this share of it says nothing about it
@@ -68,34 +69,63 @@ def verdict(
     could = max(bound.largest_possible for bound in bounds)
     sure = f"at {100 * confidence:.4g} % confidence"
     at = f"at delta {claim.delta:g}"
+    unsound = _failed(controls, NEGATIVE)
+    if unsound is not None:
+        told = f"No verdict: this audit sees leaks where there are none ({unsound.observed}); an assumption of its bounds fails."
+        return Verdict(told, NO_POWER, best)
     if best.epsilon > claim.epsilon:
-        told = f"Refuted: {sure} the run leaked more than epsilon {_down(best.epsilon)} {at} ({best.title}); it claims "
-        return Verdict(told + f"at most {_up(claim.epsilon)}.", REFUTED, best)
+        shown, claimed = _apart(best.epsilon, claim.epsilon)
+        told = (
+            f"Refuted: {sure} the run leaked at least epsilon {shown} {at} ({best.name}); it claims at most "
+        )
+        return Verdict(f"{told}{claimed}.", REFUTED, best)
     if math.isinf(claim.epsilon):
-        told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {_down(best.epsilon)} {at}."
+        told = f"Nothing to refute: the run claims no epsilon; {sure} it leaked at least {rounded_down(best.epsilon)} {at}."
         return Verdict(told, STANDS, best)
-    blind = [
-        control.name for control in controls if control.name.startswith("positive") and not control.passed
-    ]
-    if blind or could < _FAR * claim.epsilon:
-        why = (
-            f"its control ({blind[0]}) was not detected"
-            if blind
-            else f"perfect scores could have shown epsilon {_down(could)} at most; audit with more canaries"
+    why = _powerless(claim, could, controls)
+    if why is not None:
+        told = f"No power: this audit says nothing of the claim of epsilon {rounded_up(claim.epsilon)} {at}: {why}."
+        return Verdict(told, NO_POWER, best)
+    told = f"Not refuted: the run claims epsilon {rounded_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
+    rest = "" if could > claim.epsilon else f"; more than {rounded_down(could)} could not have been shown"
+    return Verdict(f"{told}{rounded_down(best.epsilon)} ({best.name}){rest}.", STANDS, best)
+
+
+def _powerless(claim: Claim, could: float, controls: Sequence[Control]) -> str | None:
+    """Why an audit could not have refuted the claim; None where it could have."""
+    if could < _FAR * claim.epsilon:
+        return (
+            f"perfect scores could have shown epsilon {rounded_down(could)} at most; audit with more canaries"
         )
-        return Verdict(
-            f"No power: this audit says nothing of the claim of epsilon {_up(claim.epsilon)} {at}: {why}.",
-            NO_POWER,
-            best,
-        )
-    told = f"Not refuted: the run claims epsilon {_up(claim.epsilon)} {at} at most, and {sure} it leaked at least "
-    rest = "" if could > claim.epsilon else f"; more than {_down(could)} could not have been shown"
-    return Verdict(f"{told}{_down(best.epsilon)} ({best.title}){rest}.", STANDS, best)
+    blind = _failed(controls, POSITIVE)
+    if blind is not None:
+        return f"its positive control, {blind.name}, was not detected"
+    weak = _failed(controls, POWER)
+    return (
+        None
+        if weak is None
+        else f"{weak.name} {weak.observed}; audit with more canaries, more steps or a higher rate"
+    )
 
 
-def _down(epsilon: float) -> str:
-    return "any number" if math.isinf(epsilon) else f"{math.floor(epsilon * 100 + 1e-9) / 100:.2f}"
+def _failed(controls: Sequence[Control], kind: str) -> Control | None:
+    return next((control for control in controls if control.kind == kind and not control.passed), None)
 
 
-def _up(epsilon: float) -> str:
-    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+def rounded_down(value: float, digits: int = 2) -> str:
+    """A lower bound for people: never above the bound."""
+    if math.isinf(value):
+        return "infinity"
+    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}"
+
+
+def _apart(bound: float, claim: float) -> tuple[str, str]:
+    """A lower bound above a claim, with as many digits as show it."""
+    digits = 2
+    while (
+        math.isfinite(bound)
+        and digits < 9
+        and math.floor(bound * 10**digits) <= math.ceil(claim * 10**digits)
+    ):
+        digits += 1
+    return rounded_down(bound, digits), rounded_up(claim, digits)

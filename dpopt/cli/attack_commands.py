@@ -17,8 +17,8 @@ from rich.table import Table
 from dpopt.cli.failures import exit_codes
 
 if TYPE_CHECKING:
-    from dpopt.audit.attack_report import AttackReport
-    from dpopt.audit.attack_signals import Seen
+    from dpopt.attacks.report import AttackReport
+    from dpopt.attacks.signals import Seen
 
 _DATA, _TRAINING = "Data and models", "Training"
 
@@ -73,10 +73,10 @@ def attack(
     """
     errors = Console(stderr=True)
     with exit_codes(errors):
-        from dpopt.audit import attack_report
-        from dpopt.audit.attack_files import AttackFiles, attack_files
-        from dpopt.cli.commands import record_form
-        from dpopt.durable import write_file
+        from dpopt.atomic_files import write_file
+        from dpopt.attacks import report as attack_report
+        from dpopt.attacks.files import AttackFiles, attack_files
+        from dpopt.cli.record_options import record_form
 
         files = AttackFiles(
             model=model,
@@ -133,8 +133,8 @@ def shadow(
     """
     errors = Console(stderr=True)
     with exit_codes(errors):
-        from dpopt.audit.shadow_files import ShadowFiles, train_shadow_files
-        from dpopt.cli.commands import record_form
+        from dpopt.attacks.shadow_files import ShadowFiles, train_shadow_files
+        from dpopt.cli.record_options import record_form
 
         files = ShadowFiles(
             model=model,
@@ -172,7 +172,7 @@ def secrets(
 ) -> None:
     """Draw secrets to be put among training records, so that their exposure can be measured afterwards."""
     with exit_codes(Console(stderr=True)):
-        from dpopt.audit.secret_canaries import SecretFormat, draw_secrets, write_records, write_secrets
+        from dpopt.attacks.canaries import SecretFormat, draw_secrets, write_records, write_secrets
 
         forms = [SecretFormat(text, length, tuple(alphabet), separator) for text in prefix]
         drawn = draw_secrets(forms, times or [0, 1, 10])
@@ -207,9 +207,9 @@ def extract(
     """Measure the exposure of inserted secrets, and how many records the model completes word for word."""
     errors = Console(stderr=True)
     with exit_codes(errors):
-        from dpopt.audit.extract_files import ExtractFiles, extract_files, to_json
-        from dpopt.cli.commands import record_form
-        from dpopt.durable import write_file
+        from dpopt.atomic_files import write_file
+        from dpopt.attacks.extraction_files import ExtractFiles, extract_files, to_json
+        from dpopt.cli.record_options import record_form
 
         files = ExtractFiles(
             model=model,
@@ -253,7 +253,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _show_attacks(console: Console, errors: Console, report: AttackReport, out: Path) -> None:
-    from dpopt.audit.attack_report import heads, rows, warnings
+    from dpopt.attacks.report import heads, rows, warnings
 
     table = Table(
         *heads(report), title=f"{int(report.member.sum())} members, {int((~report.member).sum())} non-members"
@@ -289,6 +289,6 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Seen]:
 
 
 def _device(name: str):
-    from dpopt.audit.attack_files import device_called
+    from dpopt.attacks.files import device_called
 
     return device_called(name)

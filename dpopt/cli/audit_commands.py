@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from dpopt.cli import attack_commands
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import patience
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 if TYPE_CHECKING:
     from dpopt.audit.audit_report import AuditReport
@@ -73,10 +73,10 @@ def run(
     """
     errors = Console(stderr=True)
     with exit_codes(errors):
+        from dpopt.atomic_files import write_file
         from dpopt.audit.audit_plots import bounds_picture, scores_picture
         from dpopt.audit.audit_report import to_html
         from dpopt.audit.audit_run import audit_runs
-        from dpopt.durable import write_file
 
         with patience(errors, "auditing"):
             report = audit_runs(runs, delta=delta, confidence=confidence)
@@ -92,7 +92,8 @@ def run(
 
 
 def _show(console: Console, report: AuditReport, folder: Path) -> None:
-    from dpopt.audit.audit_report import could_show, rounded_down
+    from dpopt.audit.audit_report import could_show
+    from dpopt.audit.verdict import rounded_down
 
     title = f"Audit: the claim is epsilon {rounded_up(report.claim.epsilon)} at delta {report.claim.delta:g}, at most"
     table = Table(
@@ -108,7 +109,7 @@ def _show(console: Console, report: AuditReport, folder: Path) -> None:
     for control in report.controls:
         passed = "[green]as it must[/]" if control.passed else "[bold red]NOT as it must[/]"
         console.print(
-            f"control, {escape(control.name)}: {passed}; {escape(control.observed)}",
+            f"control, {escape(f'{control.kind}: {control.name}')}: {passed}; {escape(control.observed)}",
             highlight=False,
             soft_wrap=True,
         )

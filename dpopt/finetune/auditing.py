@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpopt.audit.canaries import DIRAC, Canaries
 from dpopt.audit.inputs import random_tokens
-from dpopt.audit.named import AuditRequest
+from dpopt.audit.named import WEIGHTS, AuditRequest
 from dpopt.finetune.language_model import Tokens, collate, logits, padding, quiet
+from dpopt.finetune.record_files import InputError
 from dpopt.losses import causal_lm_losses
-from dpopt.records import InputError
 
+LAYER = "audit_canaries"
 LENGTH = 32
 TEMPERATURE = 2.0
 NEW_TOKENS = "new-tokens"
@@ -49,6 +50,9 @@ class LanguageCanaries:
     ) -> LanguageCanaries:
         """Those that were asked for; `num_known` are the tokens of the model before any were added."""
         if request.kind == DIRAC:
+            there = {f"{LAYER}.weight": range(request.num)}
+            return cls(model, tokenizer, Canaries(request.num, where=there, untouched=True))
+        if request.kind == WEIGHTS:
             return cls(model, tokenizer, Canaries(request.num))
         length = min(LENGTH, max_tokens)
         known = [i for i in range(min(len(tokenizer), num_known)) if i not in set(tokenizer.all_special_ids)]
@@ -70,6 +74,8 @@ class LanguageCanaries:
 
     def finish(self, num_known: int | None) -> None:
         """The weights are final: score them once, and cut the vocabulary to `num_known` tokens (None: it is whole)."""
+        if hasattr(self._model, LAYER):
+            delattr(self._model, LAYER)
         if self.canaries.is_dirac:
             return
         records = cast("Sequence[Tokens]", self.canaries.records)
@@ -95,12 +101,18 @@ class LanguageCanaries:
         return torch.cat(found)
 
 
-def with_new_tokens(model: nn.Module, request: AuditRequest | None, *, lora_rank: int) -> int | None:
-    """Give the model a token for each canary that asks for one; the number that it had, None where none was added.
+def with_room(model: nn.Module, request: AuditRequest | None, *, lora_rank: int) -> int | None:
+    """Add to the model what canaries lie in: a layer that never runs, or a token for each.
+
+    Returns:
+        The number of tokens that the model had, None where none was added.
 
     Raises:
-        InputError: its embedding is not trained.
+        InputError: new tokens are asked for, and the embedding is not trained.
     """
+    if request is not None and request.kind == DIRAC:
+        device = next(model.parameters()).device
+        model.add_module(LAYER, nn.Linear(request.num, 1, bias=False, device=device))
     if request is None or request.kind != NEW_TOKENS:
         return None
     if lora_rank:

@@ -24,12 +24,14 @@ from accountants import (
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
 from dpopt.audit.drawing import widened
-from dpopt.budget import Budget, require_needed, require_small_delta
-from dpopt.estimators.estimator import Estimator, Plain
-from dpopt.estimators.prices import priced
-from dpopt.finetune.continuing import spent_before
-from dpopt.samplers import charges, noise_within, sized, touched
-from dpopt.sampling import PoissonSampling, Sampling
+from dpopt.budget.budget import Budget, noise_within, require_needed, require_small_delta
+from dpopt.budget.prices import priced
+from dpopt.estimators.estimator import Estimator
+from dpopt.estimators.plain import Plain
+from dpopt.finetune.continued_ledger import spent_before
+from dpopt.sampling.poisson import PoissonSampling
+from dpopt.sampling.registry import charges, sized, touched
+from dpopt.sampling.sampler import Sampling
 
 DEFAULT_EPSILON = 8.0
 _PRICED_POINTS = 24
@@ -65,7 +67,9 @@ class PrivacyPlan:
     @property
     def sampling(self) -> Sampling:
         """The sampler of the run, which is priced."""
-        return widened(self.records_sampling, self.num_canaries) if self.num_canaries else self.records_sampling
+        return (
+            widened(self.records_sampling, self.num_canaries) if self.num_canaries else self.records_sampling
+        )
 
     @property
     def sampling_rate(self) -> float:

@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpopt.budget import Budget
+from dpopt.budget.budget import Budget
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.evaluation import mean_loss
 from dpopt.finetune.language_model import TokenBatch, collate, logits, padding
-from dpopt.finetune.listener import Listener, Silence, StepSeen
-from dpopt.finetune.outcome import Outcome, build_report
-from dpopt.finetune.plan import Prepared, prepare
+from dpopt.finetune.prepare import prepare
 from dpopt.finetune.privacy_plan import PrivacyPlan
+from dpopt.finetune.progress import Listener, Silence, StepSeen
+from dpopt.finetune.run_plan import Prepared
+from dpopt.finetune.run_report import Outcome, build_report
 from dpopt.finetune.saving import NotSaved, check_room, save_all
-from dpopt.finetune.tuning import Tuning
+from dpopt.finetune.updates import Tuning
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism
-from dpopt.report import Report
-from dpopt.training import Batch, PrivateTraining
+from dpopt.reports.report import Report
+from dpopt.sampling.sampler import Batch
+from dpopt.training import PrivateTraining
 
 
 @dataclass(frozen=True, slots=True)

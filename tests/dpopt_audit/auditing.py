@@ -30,13 +30,30 @@ def losses(model, batch):
     return (model(torch.stack(list(batch))).squeeze(1) - 1).square()
 
 
+def losses_of_users(model, batch):
+    return (model(torch.stack([torch.stack(list(user)) for user in batch])).squeeze(2) - 1).square().sum(1)
+
+
 def audited(
-    num=40, *, noise=1.0, rate=0.5, estimator="flat", sampling=None, clip=0.5, audit="canaries", model=None, **options
+    num=40,
+    *,
+    noise=1.0,
+    rate=0.5,
+    estimator="flat",
+    sampling=None,
+    clip=0.5,
+    audit="canaries",
+    model=None,
+    **options,
 ):
     """(run, model, records); `audit` None: the same run without."""
     model = model_for(num) if model is None else model
     sampling = PoissonSampling(rate, rate * NUM) if sampling is None else sampling
-    made = named_estimator(estimator, Run(model, clip, NUM, sampling)) if isinstance(estimator, str) else estimator
+    made = (
+        named_estimator(estimator, Run(model, clip, NUM, sampling))
+        if isinstance(estimator, str)
+        else estimator
+    )
     run = PrivateTraining(
         model,
         estimator=made,

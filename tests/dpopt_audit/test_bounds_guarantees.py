@@ -111,7 +111,7 @@ def test_guarantee_one_run_bounds_hold_when_scores_hang_together():
     mu, chance, told = mu_of(4.0), 0.06, 2.2
     losses = np.linspace(0.0, told, 200)
     own = chance * (np.exp(told) - np.exp(losses)) / (1 + np.exp(told))
-    from accountants.gaussian import gaussian_delta
+    from accountants.dominating_pairs.gaussian import gaussian_delta
 
     assert all(
         own[i] <= gaussian_delta(mu, losses[i]) for i in range(200)

@@ -6,17 +6,31 @@ import math
 import numpy as np
 import pytest
 import torch
-from auditing import FEATURES, NUM, audited, canaries, losses, model_for, records, train
+from auditing import FEATURES, NUM, audited, canaries, losses_of_users, model_for, records, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accountants import ADD_REMOVE, REPLACE, ZERO_OUT
-from dpopt import FlatClipper, GaussianMechanism, PoissonSampling, PrivacyEngine, PrivateTraining
+from dpopt import (
+    BatchMemoryManager,
+    FlatClipper,
+    GaussianMechanism,
+    PoissonSampling,
+    PrivacyEngine,
+    PrivateTraining,
+)
 from dpopt.audit import Canaries, mislabelled
+from dpopt.audit.coins import about
 from dpopt.audit.drawing import parted, widened
-from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
-from dpopt.sampling import FixedSizeSampling, TruncatedPoissonSampling
-from dpopt.users import Users, UserSampling
+from dpopt.sampling import (
+    BallsInBins,
+    CyclicSampling,
+    FixedSizeSampling,
+    ShuffledSampling,
+    TruncatedPoissonSampling,
+    Users,
+    UserSampling,
+)
 
 SAMPLERS = {
     "poisson": (PoissonSampling(0.5, 6.0), ADD_REMOVE),
@@ -50,10 +64,16 @@ def test_every_estimator_takes_canaries_through_its_own_clipper(name):
     train(run, model, dataset, steps=4)
     scores, included = run.evidence[0].scores, included_of(run)
     shift = scores[included].mean() - scores[~included].mean()
-    if name in ("huber", "median", "geometric_median"):  # the records pull back what a centre has of the noise
+    if name in (
+        "huber",
+        "median",
+        "geometric_median",
+    ):  # the records pull back what a centre has of the noise
         assert shift > 0.2 and not run.evidence[0].independent and run.evidence[0].noise_std is None
         return
-    strength = math.sqrt((1 + 3 / 9) / 4) if name == "diff2" else 1.0  # three times the noise after the first step
+    strength = (
+        math.sqrt((1 + 3 / 9) / 4) if name == "diff2" else 1.0
+    )  # three times the noise after the first step
     assert shift == pytest.approx(math.sqrt(4) / 2 * strength, abs=0.25)
     assert scores[~included].std() == pytest.approx(1.0, abs=0.15) and run.evidence[0].noise_std == 1.0
 
@@ -88,12 +108,24 @@ def test_every_sampler_draws_canaries_as_often_as_records(name, randomness):
         assert times.mean() == pytest.approx(10, abs=4 * math.sqrt(5 / 100))
 
 
+@pytest.mark.parametrize("name", ["poisson", "balls-in-bins", "cyclic"])
+def test_a_canary_that_is_out_scores_as_the_noise_does(name):
+    sampling, relation = SAMPLERS[name]
+    run, model, dataset = audited(400, noise=2.0, sampling=sampling, relation=relation, audit=canaries(400))
+    train(run, model, dataset, steps=6)
+    for evidence in run.evidence:
+        if evidence.noise_std is not None:
+            out = evidence.scores[~evidence.included] / evidence.noise_std
+            assert out.std() == pytest.approx(1.0, abs=4.5 / math.sqrt(2 * len(out)))
+            assert out.mean() == pytest.approx(0.0, abs=4.5 / math.sqrt(len(out)))
+
+
 def test_users_have_canaries_beside_them():
     dataset = Users.of(records(40), [i // 2 for i in range(NUM)], max_records=2)
     run, model, _ = audited(noise=0.0, sampling=UserSampling(1.0, 6.0))
     with run:
         for batch in run.batches(dataset, steps=1):
-            run.accumulate(torch.stack([losses(model, user).sum() for user in batch.examples]))
+            run.accumulate(losses_of_users(model, batch.examples))
             run.release()
     assert model.weight.grad[0, FEATURES:].count_nonzero() == included_of(run).sum()
 
@@ -104,7 +136,9 @@ def test_the_rate_of_a_record_never_rises():
             wide = widened(sampling, num)
             drawn = [parted(wide.draw(NUM + num, torch.Generator().manual_seed(i), i % wide.steps_per_charge), NUM, num)
                      for i in range(4)]  # fmt: skip
-            assert all(set(d.records) <= set(range(NUM)) and set(d.canaries) <= set(range(num)) for d in drawn)
+            assert all(
+                set(d.records) <= set(range(NUM)) and set(d.canaries) <= set(range(num)) for d in drawn
+            )
             if isinstance(wide, FixedSizeSampling):
                 assert wide.batch_size / wide.num_records <= sampling.batch_size / sampling.num_records
     with pytest.raises(ValueError, match="use PoissonSampling, or leave audit out"):
@@ -141,7 +175,11 @@ def test_what_is_charged_is_what_it_was_without():
 
 def test_a_dropped_noise_and_a_doubled_gradient_are_seen():
     known = {}
-    for name, mechanism in (("right", GaussianMechanism(2.0)), ("no noise", Quiet(2.0)), ("doubled", Doubled(2.0))):
+    for name, mechanism in (
+        ("right", GaussianMechanism(2.0)),
+        ("no noise", Quiet(2.0)),
+        ("doubled", Doubled(2.0)),
+    ):
         run, model, dataset = audited(400, rate=1.0, mechanism=mechanism, audit=canaries(400))
         train(run, model, dataset, steps=4)
         evidence = run.evidence[0]
@@ -177,7 +215,7 @@ def test_per_layer_canaries_lie_in_every_group_that_is_large_enough():
     data = torch.randn(5, 30, dtype=torch.float64)
     with run:
         for batch in run.batches(list(torch.zeros_like(data)), steps=1):
-            run.accumulate((model(torch.stack(batch.examples)).sum(1) * 0))
+            run.accumulate(model(torch.stack(batch.examples)).sum(1) * 0)
             run.release()
     number = included_of(run).sum()
     for parameter in model.parameters():
@@ -216,6 +254,31 @@ def test_the_familiar_door_audits():
         engine.evidence  # noqa: B018
     engine.detach()
     assert engine.evidence[0].num_records == 40 and engine.evidence[2].num_steps == 6
+
+
+@pytest.mark.parametrize(
+    "sampler, relation", [("fixed-size", REPLACE), ("balls-in-bins", ADD_REMOVE), ("poisson", ADD_REMOVE)]
+)
+def test_the_familiar_door_audits_within_its_target(sampler, relation):
+    model = model_for(40, torch.float32)
+    data = TensorDataset(torch.stack(records(40, dtype=torch.float32)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with PrivacyEngine(sampler=sampler, relation=relation) as engine:
+        model, optimizer, loader = engine.make_private_with_epsilon(
+            module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=5), target_epsilon=4.0,
+            target_delta=1e-3, epochs=2, max_grad_norm=1.0, audit=canaries(40),
+        )  # fmt: skip
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as small:
+            for _ in range(2):
+                for (rows,) in small:
+                    optimizer.zero_grad()
+                    (model(rows) - 1).square().mean().backward()
+                    optimizer.step()
+        assert engine.get_epsilon(1e-3) <= 4.0
+    assert engine.evidence[0].num_records == 40
+    # How many records were drawn is told nowhere: where batches have a fixed size, neither is the number of canaries.
+    joined = about(engine.training.ledger_path)["joined"]
+    assert (joined is None) == (sampler == "fixed-size")
 
 
 @pytest.mark.parametrize("door", ["explicit", "familiar"])
@@ -261,3 +324,22 @@ def test_coins_decide_about_half_of_them():
     run, model, dataset = audited(2000, audit=canaries(2000), insecure_seed=None)
     train(run, model, dataset, steps=1)
     assert 0.4 < np.mean(included_of(run)) < 0.6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_canaries_are_as_long_whatever_the_loss_is_of(reduction):
+    model = model_for(40)
+    data = TensorDataset(torch.stack(records(40)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with PrivacyEngine(accountant="rdp") as engine:
+        model, optimizer, loader = engine.make_private(
+            module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=NUM), noise_multiplier=0.0,
+            max_grad_norm=0.5, audit=canaries(40), loss_reduction=reduction,
+        )  # fmt: skip
+        (rows,) = next(iter(loader))
+        found = (model(rows) - 1).square()
+        (found.mean() if reduction == "mean" else found.sum()).backward()
+        optimizer.step()
+    released = model.weight.grad[0, FEATURES:] * (NUM if reduction == "mean" else 1)
+    included = torch.tensor(engine.evidence[0].included)
+    torch.testing.assert_close(released, 0.5 * included.double(), rtol=1e-12, atol=0)
