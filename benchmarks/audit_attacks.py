@@ -293,6 +293,7 @@ def main(words: list[str] | None = None) -> None:
         "--kept", type=Path, required=True, help="the folder of finished cells and shadow models"
     )
     parser.add_argument("--shadows", type=int, default=4, help="shadow models of each model; 0: none")
+    parser.add_argument("--shadows-for", nargs="*", help="models that get shadow models; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the cells about power")
     parser.add_argument("--only", help="make only cells whose name holds this, and no report")
     parser.add_argument("--out", type=Path, help="default: audit-attacks_<processor>_<date>.md")
@@ -304,7 +305,7 @@ def main(words: list[str] | None = None) -> None:
         one for one in settings(list(models), options.seeds) if not options.only or options.only in one.name
     ]
     if options.shadows and options.only == "shadows":
-        for name in models:
+        for name in options.shadows_for or models:
             train_shadow_models(
                 Setting(name, math.inf),
                 options.shadows,
@@ -319,7 +320,8 @@ def main(words: list[str] | None = None) -> None:
             path = options.kept / f"{setting.name}.json"
             if not path.exists():
                 shadows = None
-                if options.shadows and setting.optimizer == "adamw":
+                wanted = setting.model in (options.shadows_for or models)
+                if options.shadows and wanted and setting.optimizer == "adamw":
                     shadows = options.kept / f"shadows-{setting.model}"
                     train_shadow_models(setting, options.shadows, models, options.data, shadows)
                 found = cell(setting, models, options.data, shadows)

@@ -161,7 +161,7 @@ def log_probs_of_all(model: nn.Module, prefix: Sequence[int], places: Sequence[P
 
 def log_probs_of(model: nn.Module, prefix: Sequence[int], secrets: Sequence[Sequence[int]]) -> FloatArray:
     """(number of secrets,): log p of each secret, as token ids, after the prefix."""
-    records = [Tokens(torch.tensor([*prefix, *secret]), len(prefix)) for secret in secrets]
+    records = [Tokens(torch.tensor([*prefix, *secret], device="cpu"), len(prefix)) for secret in secrets]
     found = complete(model, records).log_probs
     return np.array([one[len(prefix) - 1 :].sum() for one in found])
 
@@ -206,7 +206,7 @@ def _next_log_probs(
     model: nn.Module, beginnings: Sequence[list[int]], num_before: int, symbols: Sequence[int]
 ) -> FloatArray:
     """(beginnings, symbols): log p of the last `num_before` tokens of a beginning and of each next symbol."""
-    records = [Tokens(torch.tensor(beginning), 0) for beginning in beginnings]
+    records = [Tokens(torch.tensor(beginning, device="cpu"), 0) for beginning in beginnings]
     found = np.empty((len(records), len(symbols)))
     device = next(model.parameters()).device
     with evaluating(model):
