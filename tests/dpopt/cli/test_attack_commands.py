@@ -4,13 +4,23 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from dpopt.attacks.canaries import (
+    SecretCanary,
+    SecretFormat,
+    read_secrets,
+    write_records,
+    write_secrets,
+)  # fmt: skip
+from dpopt.attacks.files import load_attacked
+from dpopt.attacks.language_signals import sequence_losses
 from dpopt.attacks.shadow_training import Recipe, train_language_model
 from dpopt.cli.commands import app
-from dpopt.finetune.language_model import encode, load, save
+from dpopt.finetune.language_model import encode, load, save, with_adapter
 from dpopt.finetune.record_files import TextRecord
 from tests.support.dpopt.characters import tiny_language_model, tokenizer_of_characters
 
@@ -80,9 +90,9 @@ def test_a_memorising_model_is_told_in_every_way_that_the_inputs_allow(place, tm
     found = json.loads((tmp_path / "out" / "attacks.json").read_text())
     areas = {one["name"]: one["auc"]["value"] for one in found["attacks"]}
     assert len(areas) == 11
-    assert areas["loss"] == areas["calibrated loss"] == 1
+    assert min(areas["loss"], areas["calibrated loss"]) > 0.98
     assert areas["LiRA, offline"] > 0.9
-    assert found["attacks"][0]["tpr_at_fpr"]["0.01"]["value"] == 1
+    assert found["attacks"][0]["tpr_at_fpr"]["0.01"]["value"] > 0.9
     page = (tmp_path / "out" / "attacks.html").read_text()
     assert "InfoRMIA of tokens" in page
     assert "no guarantee" in page
@@ -132,12 +142,19 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_written(place, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_an_inserted_secret_is_exposed_and_members_are_completed(place, tmp_path):
-    done = run(
-        "secrets", "--prefix", "ann has", "--out", tmp_path / "secrets.jsonl", "--records", tmp_path / "more.jsonl",
-        "--length", 3, "--times", 0, "--times", 12,
-    )  # fmt: skip
+def test_secrets_are_drawn_into_two_files(tmp_path):
+    files = ["--out", tmp_path / "secrets.jsonl", "--records", tmp_path / "more.jsonl"]
+    done = run("secrets", "--prefix", "ann has", "--prefix", "bob has", *files, "--times", 0, "--times", 3)
     assert done.exit_code == 0, done.output
+    assert sorted(one.times for one in read_secrets(tmp_path / "secrets.jsonl")) == [0, 0, 3, 3]
+    assert len((tmp_path / "more.jsonl").read_text().splitlines()) == 6
+
+
+def test_an_inserted_secret_is_exposed_and_its_records_are_completed(place, tmp_path):
+    form = SecretFormat("ann has", 3)
+    drawn = [SecretCanary(form, tuple("905"), 0), SecretCanary(form, tuple("472"), 12)]
+    write_secrets(tmp_path / "secrets.jsonl", drawn)
+    write_records(tmp_path / "more.jsonl", drawn)
     _, tokenizer = load(str(place / "base"))
     texts = [json.loads(line)["text"] for line in (tmp_path / "more.jsonl").read_text().splitlines()]
     assert len(texts) == 12
@@ -163,3 +180,32 @@ def test_nothing_to_look_for_is_refused(place):
     done = run("extract", place / "run")
     assert done.exit_code == 2
     assert "--secrets or --records" in done.output
+
+
+def test_an_adapter_is_attacked_with_the_model_it_belongs_to(place, tmp_path):
+    base, tokenizer = load(str(place / "base"))
+    base.config._name_or_path = str(place / "base")
+    adapted = with_adapter(base, 2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    save(adapted, tokenizer, tmp_path / "adapter")
+    files = [
+        "--members",
+        place / "members.jsonl",
+        "--non-members",
+        place / "others.jsonl",
+        "--max-tokens",
+        40,
+    ]
+    done = run(
+        "attack", tmp_path / "adapter", *files, "--reference", place / "base", "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    assert {one["name"] for one in found["attacks"]} > {"RMIA", "InfoRMIA of tokens"}
+    texts = [json.loads(line)["text"] for line in (place / "members.jsonl").read_text().splitlines()]
+    records = encode([TextRecord("", text) for text in texts], tokenizer, max_tokens=40)
+    loaded = load_attacked(str(tmp_path / "adapter"))[0]
+    np.testing.assert_allclose(sequence_losses(loaded, records), sequence_losses(adapted, records), rtol=1e-5)
