@@ -190,7 +190,9 @@ def main() -> None:
         "--draws", type=int, default=100, help="of each setting; the false alarms take 20 times as many"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/audit-bounds_<processor>_<date>.md")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/audit-bounds_<processor>_<date>.md"
+    )
     settings = parser.parse_args()
     rng, started = np.random.default_rng(settings.seed), time.process_time()
     whole, parts = power(rng, settings.draws)

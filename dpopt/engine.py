@@ -348,7 +348,7 @@ class PrivacyEngine:
             path: a file, written whole or not at all, or an object with `write`.
             module: whose `state_dict()` is saved.
             optimizer: whose `state_dict()` is saved.
-            noise_scheduler: one of `dpopt.compatibility.schedulers`.
+            noise_scheduler: one of the schedulers in `dpopt`.
             grad_clip_scheduler: another.
             checkpoint_dict: more to save, of tensors, numbers, texts, lists and dicts; read without running code.
             module_state_dict_kwargs: arguments of `module.state_dict`.

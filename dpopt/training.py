@@ -223,7 +223,10 @@ class PrivateTraining:
     @property
     def event(self) -> Event:
         """What the next charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
-        return self._prices.at(0 if self._payments is None else self._payments.number(self._begun))
+        known = self._prices
+        if self._priced is not None and self._priced.every is not None:
+            return self._priced.every
+        return known.at(0 if self._payments is None else self._payments.number(self._begun))
 
     @property
     def _prices(self) -> Prices:
@@ -248,7 +251,8 @@ class PrivateTraining:
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
-        require_open(self._open)
+        if not self._open:
+            require_open(self._open)
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
