@@ -8,10 +8,12 @@ from dataclasses import replace
 
 from dpopt.audit.step_checks import independence, noise, sampler, sensitivity, state
 from dpopt.audit.step_checks.case import TrainingStep
-from dpopt.audit.step_checks.findings import UNCHECKED, Finding, StepReport
+from dpopt.audit.step_checks.findings import HOLDS, UNCHECKED, Finding, StepReport
 
 SIZES = (1, 2, 3, 8, 16, 64)
 STEPS = 96
+BATCH = 4
+"""Records in the batch on which noise is looked at."""
 CLIMBS = 40
 CHECKS = ("noise", "sensitivity", "independence", "state", "sampler")
 
@@ -56,8 +58,8 @@ def check_step(
 def _findings(
     case: TrainingStep, seed: int, sizes: Sequence[int], steps: int, climbs: int, checks: Sequence[str]
 ) -> Iterator[Finding]:
-    own = bool(noise.has_own_randomness(case, seed))
-    found = noise.sample_noise(case, 1 if own else 8, steps, seed + 1, own_randomness=own)
+    own = noise.has_own_randomness(case, seed)
+    found = noise.sample_noise(case, 1 if own else BATCH, steps, seed + 1, own_randomness=own)
     yield noise.check_presence(found)
     good = noise.finite(found)
     if "noise" in checks:
@@ -116,9 +118,11 @@ def _sensitivity(
             "sensitivity", UNCHECKED, expected, "none; give clip_norm and expected_batch_size to go without"
         )
     else:
-        yield sensitivity.check_sensitivity(case, trials)
-    if claimed is not None and stds:
-        joint = sensitivity.check_sensitivity(case, replace(trials, stds=stds))
-        yield replace(joint, check="sensitivity to noise")
+        first = sensitivity.check_sensitivity(case, trials)
+        yield first
+        if claimed is not None and stds:
+            hint = "the clipping holds, the noise is too small" if first.verdict == HOLDS else ""
+            joint = sensitivity.check_sensitivity(case, replace(trials, stds=stds), hint)
+            yield replace(joint, check="sensitivity to noise")
     yield sensitivity.check_wild(trials)
     yield sensitivity.check_empty(trials)

@@ -51,7 +51,7 @@ class StepReport:
         if self.faults:
             return 1
         core = {f.check: f.verdict for f in self.findings}
-        unseen = [core.get(name, UNCHECKED) == UNCHECKED for name in ("sensitivity", "noise present")]
+        unseen = [core.get(name) == UNCHECKED for name in ("sensitivity", "noise present")]
         return 3 if any(unseen) else 0
 
     def __str__(self) -> str:

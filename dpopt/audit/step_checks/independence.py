@@ -54,7 +54,7 @@ def check_steps(sample: NoiseSample) -> Finding:
         z,
         4,
         told,
-        f"sample_noise(step, 8, {steps}, {sample.seed}, own_randomness=False)",
+        f"sample_noise(step, 4, {steps}, {sample.seed}, own_randomness=False)",
     )
 
 
@@ -91,7 +91,7 @@ def check_tensors(sample: NoiseSample) -> Finding:
         worst,
         tests,
         told,
-        f"sample_noise(step, 8, 64, {sample.seed}, own_randomness=False)",
+        f"sample_noise(step, 4, 64, {sample.seed}, own_randomness=False)",
     )
 
 

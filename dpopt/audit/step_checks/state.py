@@ -63,7 +63,9 @@ def check_parameters(case: TrainingStep, seed: int) -> Finding:
     batch = list(case.records[:4])
     before, noisy = _after(case, batch, case.noise_multiplier, seed)
     first, clean = _after(case, batch, 0.0, seed)
-    moved = [n for n, v in before.items() if v.is_floating_point() and not _same(v, noisy[n])]
+    with seeded(seed), running(case.make(case.records, 0.0)) as run:
+        parameters = dict(run.model.named_parameters())
+    moved = [n for n, v in before.items() if n in parameters and not _same(v, noisy[n])]
     bare = [
         n for n in moved
         if not _same(first[n], clean[n]) and bool(((noisy[n] == clean[n]) & (noisy[n] != before[n])).float().mean() > 1e-3)
@@ -92,6 +94,8 @@ def check_number_of_records(case: TrainingStep, seed: int) -> Finding:
     batch, pool = list(case.records[:4]), list(case.records)
     others: Sequence[list[Any]] = (pool[:-1], pool + pool[:1], pool + pool[: max(1, len(pool) // 2)])
     here = released(case, batch, noise_multiplier=0.0, seed=seed)
+    if not here:
+        return Finding("number of records", UNCHECKED, expected, "no gradient after the step")
     for records in others:
         try:
             there = released(case, batch, noise_multiplier=0.0, seed=seed, records=records)
