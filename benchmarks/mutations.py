@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plants privacy bugs in our own code, one at a time, and tells who notices each: the step checker, or which test.
+
+python -m benchmarks.mutations                                   # all, about half an hour
+python -m benchmarks.mutations --only noise --write benchmarks/mutations_2026-11-27
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+CATALOGUE = Path(__file__).resolve().parent.parent / "tests" / "mutations"
+
+
+def row(mutation: Any, caught: Any) -> str:
+    checks = ", ".join(caught.checks) or ("-" if mutation.step else "not asked")
+    tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in caught.tests) or "-"
+    return f"| {mutation.name} | {mutation.kind} | {checks} | {tests} | {'yes' if caught.any else '**no**'} |"
+
+
+def report(rows: list[tuple[Any, Any]]) -> str:
+    """The page."""
+    missed = [m.name for m, caught in rows if not caught.any]
+    by_checker = sum(bool(caught.checks) for _, caught in rows)
+    asked = sum(bool(m.step) for m, _ in rows)
+    by_tests = sum(bool(caught.tests) for _, caught in rows)
+    lines = [row(m, caught) for m, caught in rows]
+    return "\n".join(
+        [
+            "# Planted privacy bugs, and who noticed them",
+            "",
+            f"{len(rows)} bugs, planted one at a time in our own code: {len(rows) - len(missed)} noticed, {len(missed)} missed. "
+            f"The step checker was asked about {asked} and noticed {by_checker}; tests of the suite noticed {by_tests}. Made by "
+            "`python -m benchmarks.mutations`; the catalogue is `tests/mutations`.",
+            "",
+            "The first test that failed is named; others may fail as well. \"Not asked\": the bug is outside what a single "
+            "training step shows (prices, ledgers, budgets), or in a part that the checker's small steps do not reach.",
+            "",
+            "| planted bug | kind | step checker | first test that fails | noticed |",
+            "|---|---|---|---|---|",
+            *lines,
+            "",
+            f"Missed: {', '.join(missed) or 'none'}.",
+            "",
+        ]
+    )  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> None:
+    """Plant, judge, print, and write if asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="a word of the name or the kind")
+    parser.add_argument("--no-tests", action="store_true", help="ask the step checker alone")
+    parser.add_argument("--write", type=Path, help="the name of the .md and .json, without its ending")
+    options = parser.parse_args(words)
+    sys.path.insert(0, str(CATALOGUE))
+    from catalogue import MUTATIONS
+    from judging import judged
+
+    rows = []
+    for mutation in MUTATIONS:
+        if options.only in mutation.name or options.only == mutation.kind:
+            caught = judged(mutation, tests=not options.no_tests)
+            rows.append((mutation, caught))
+            told = f"{', '.join(caught.checks) or '-'} | {', '.join(caught.tests) or '-'} | {caught.trouble}"
+            print(
+                f"{'' if caught.any else 'MISSED '}{mutation.name} | {told} | {caught.seconds:.0f} s",
+                flush=True,
+            )
+    page = report(rows)
+    if options.write is not None:
+        options.write.with_name(f"{options.write.name}.md").write_text(page)
+        data = [{"name": m.name, "kind": m.kind, **asdict(caught)} for m, caught in rows]
+        options.write.with_name(f"{options.write.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
