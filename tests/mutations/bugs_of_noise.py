@@ -67,7 +67,7 @@ BUGS = (
         Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("charge, ", ""))), "explicit", STEPS, THE_MECHANISM, True),
     Mutation("the same noise in every tensor", "noise", (
         Edit(f"{at.TIER}.noise", _DRAWN, _DRAWN.replace(", name", "")),
-        Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("name, ", ""))), "explicit", TENSORS, THE_MECHANISM, True),
+        Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("name, ", ""))), "explicit", TENSORS, THE_MECHANISM),
     Mutation("noise repeated after ten steps", "noise", (
         Edit(f"{at.TIER}.noise", _DRAWN, _DRAWN.replace("charge,", "charge % 10,")),
         Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("charge,", "charge % 10,"))), "explicit", STEPS, THE_MECHANISM),

@@ -44,13 +44,14 @@ class Caught:
         return bool(self.checks or self.tests)
 
 
-def by_checker(mutation: Mutation) -> tuple[str, ...]:
+def by_checker(mutation: Mutation, *, quick: bool = False) -> tuple[str, ...]:
     """The faults and cautions that the checker finds, of those that the right step does not have."""
     if not mutation.step:
         return ()
     areas = tuple(dict.fromkeys(_AREAS[check] for check in mutation.checks))
     sizes = (1, 2, 64) if "bits" in mutation.name else (1, 2, 4)
-    report = check_step(STEPS[mutation.step](), checks=areas, sizes=sizes, climbs=0, steps=40)
+    sizes, steps = ((2,), 24) if quick else (sizes, 40)
+    report = check_step(STEPS[mutation.step](), checks=areas, sizes=sizes, climbs=0, steps=steps)
     found = [f.check for f in (*report.faults, *report.cautions)]
     return tuple(check for check in dict.fromkeys(found) if check in mutation.checks)
 
@@ -91,7 +92,7 @@ def judged(mutation: Mutation, *, tests: bool = True) -> Caught:
         try:
             with planted(mutation):
                 try:
-                    caught.checks = by_checker(mutation)
+                    caught.checks = by_checker(mutation, quick=not tests)
                 except Exception as error:
                     caught.trouble = f"{type(error).__name__}: {error}"[:300]
                 if tests:

@@ -58,6 +58,8 @@ class TrainingStep:
         expected_batch_size: what the noisy sum is divided by, with `clip_norm`; 1 where it is not divided.
         sampling_rate: with a loader: the rate at which the accountant is told that each record takes part.
         sampler: what the accountant is told, "poisson", "fixed-size" or "shuffled".
+        batch_size: where every batch holds exactly so many records, and the step takes no others: records are then
+            replaced and never removed, which may move the release twice as far.
         hostile: further records that may be in somebody's dataset: very long, empty, badly labelled.
         workers: `workers(noise_multiplier)` returns what several ranks or clients run, each as (model, step);
             all of their releases are published.
@@ -88,6 +90,7 @@ class TrainingStep:
     expected_batch_size: float | None = None
     sampling_rate: float | None = None
     sampler: str = "poisson"
+    batch_size: int | None = None
     hostile: Sequence[Any] = ()
     workers: Callable[[float], Sequence[tuple[Any, ...]]] | None = None
 
@@ -107,6 +110,12 @@ class TrainingStep:
             raise ValueError(
                 f"expected a sampler out of {SAMPLERS}; got {self.sampler!r}; name what is priced"
             )
+
+    @property
+    def batch(self) -> list[Any]:
+        """A few ordinary records: the batch of checks that need just one."""
+        size = self.batch_size or 4
+        return [self.records[i % len(self.records)] for i in range(size)]
 
     @property
     def noise_std(self) -> float | None:

@@ -35,7 +35,7 @@ def check_step(
         name: how the report calls it.
         seed: from which all of the checker's randomness comes; the same seed finds the same.
         sizes: of the batches on which one record is removed or replaced.
-        steps: noisy steps to look at, at least 20.
+        steps: noisy steps to look at, at least 20; four times as many draws of a loader.
         climbs: changes of the worst batch, to find a worse one.
         checks: which of "noise", "sensitivity", "independence", "state" and "sampler" to run.
 
@@ -59,14 +59,17 @@ def _findings(
     case: TrainingStep, seed: int, sizes: Sequence[int], steps: int, climbs: int, checks: Sequence[str]
 ) -> Iterator[Finding]:
     own = noise.has_own_randomness(case, seed)
-    found = noise.sample_noise(case, 1 if own else BATCH, steps, seed + 1, own_randomness=own)
+    size = case.batch_size or (1 if own else BATCH)
+    found = noise.sample_noise(case, size, steps, seed + 1, own_randomness=own)
     yield noise.check_presence(found)
     good = noise.finite(found)
     if "noise" in checks:
         yield noise.check_scale(case, found)
         yield noise.check_shape(found)
         yield noise.check_steadiness(found)
-        yield noise.check_batches(case, found, {} if own or not good else _other_batches(case, seed))
+        yield noise.check_batches(
+            case, found, {} if own or not good or case.batch_size else _other_batches(case, seed)
+        )
     if "sensitivity" in checks:
         yield from _sensitivity(case, found, good, seed, sizes, climbs, own)
     if "independence" in checks:
@@ -79,7 +82,7 @@ def _findings(
         yield state.check_parameters(case, seed + 6)
         yield state.check_number_of_records(case, seed + 7)
     if "sampler" in checks:
-        yield from sampler.check_sampler(case, seed + 8)
+        yield from sampler.check_sampler(case, seed + 8, 4 * steps)
 
 
 def _other_batches(case: TrainingStep, seed: int) -> dict[int, noise.NoiseSample]:
@@ -110,7 +113,7 @@ def _sensitivity(
     trials = sensitivity.search(
         case,
         stds if claimed is None else dict.fromkeys(found.tensors, claimed),
-        sizes=sizes, seed=seed + 2, own_randomness=own, climbs=climbs,
+        sizes=(case.batch_size,) if case.batch_size else sizes, seed=seed + 2, own_randomness=own, climbs=climbs,
     )  # fmt: skip
     if not trials.stds:
         expected = "noise to measure movements by"
@@ -125,4 +128,4 @@ def _sensitivity(
             joint = sensitivity.check_sensitivity(case, replace(trials, stds=stds), hint)
             yield replace(joint, check="sensitivity to noise")
     yield sensitivity.check_wild(trials)
-    yield sensitivity.check_empty(trials)
+    yield sensitivity.check_empty(case, trials)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from dpopt.audit.step_checks.case import TrainingStep, gradients, released, restore, running, seeded, snapshot
 from dpopt.audit.step_checks.findings import CAUTION, FAULT, HOLDS, LEVEL, UNCHECKED, Finding, statistical
@@ -70,20 +70,16 @@ def check_tensors(sample: NoiseSample) -> Finding:
         )
     scaled = {n: x / (sample.scale(n) or 1.0) for n, x in sample.tensors.items()}
     names = list(scaled)
-    worst, where, tests = 0.0, names[0], 0
+    found = []
     for i, name in enumerate(names):
         for other in names[i + 1 :]:
             m = min(scaled[name].shape[1], scaled[other].shape[1])
-            z = _together(scaled[name][:, :m], scaled[other][:, :m])
-            tests += 1
-            worst, where = max((worst, where), (z, f"{name} and {other}"), key=lambda pair: abs(pair[0]))
-        for lag in (1, scaled[name].shape[1] // 2):
+            found += _pair(scaled[name][:, :m], scaled[other][:, :m], f"{name} and {other}")
+        for lag in {1, scaled[name].shape[1] // 2}:
             if 0 < lag < scaled[name].shape[1]:
-                z = _together(scaled[name][:, :-lag], scaled[name][:, lag:])
-                tests += 1
-                worst, where = max(
-                    (worst, where), (z, f"coordinates of {name}"), key=lambda pair: abs(pair[0])
-                )
+                found += _pair(scaled[name][:, :-lag], scaled[name][:, lag:], f"coordinates of {name}")
+    worst, where = max(found, key=lambda pair: abs(pair[0]), default=(0.0, names[0]))
+    tests = len(found)
     told = f"most correlated: {where}"
     return _judged(
         "tensors independent",
@@ -95,20 +91,26 @@ def check_tensors(sample: NoiseSample) -> Finding:
     )
 
 
+def _pair(a: np.ndarray, b: np.ndarray, where: str) -> list[tuple[float, str]]:
+    """Of the numbers, and of their sizes: noise made of the same radii at other angles has other signs."""
+    sizes = [math.sqrt(12) * (special.erf(np.abs(x) / math.sqrt(2)) - 0.5) for x in (a, b)]
+    return [(_together(a, b), where), (_together(sizes[0], sizes[1]), f"sizes in {where}")]
+
+
 def _together(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / math.sqrt(a.size))
 
 
 def check_runs(case: TrainingStep, seed: int) -> tuple[Finding, Finding]:
     """Whether another run has the same noise: from another seed (a fault), and from the same (a resumed script)."""
-    batch = list(case.records[:4])
+    batch = case.batch
     clean = [released(case, batch, noise_multiplier=0.0, seed=s) for s in (seed, seed + 1)]
     noisy = [
         released(case, batch, noise_multiplier=case.noise_multiplier, seed=s) for s in (seed, seed, seed + 1)
     ]
     first, again = ({n: noisy[k][n] - clean[0][n] for n in noisy[k] if n in clean[0]} for k in (0, 1))
     other = {n: noisy[2][n] - clean[1][n] for n in noisy[2] if n in clean[1]}
-    reproduce = f"released(step, records[:4], noise_multiplier=step.noise_multiplier, seed={seed})"
+    reproduce = f"released(step, step.batch, noise_multiplier=step.noise_multiplier, seed={seed})"
     fresh = _same(
         "runs independent", FAULT, "other noise in a run from another seed", first, other, reproduce
     )
@@ -140,7 +142,7 @@ def check_workers(case: TrainingStep, seed: int, rounds: int = 64) -> Finding:
     if case.workers is None:
         return Finding("ranks independent", UNCHECKED, expected, "no workers given")
     rows: list[list[np.ndarray]] = []
-    batch = list(case.records[:4])
+    batch = case.batch
     with seeded(seed):
         runs = [tuple(made) for made in case.workers(case.noise_multiplier)]
         for made in runs:

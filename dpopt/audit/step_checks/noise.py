@@ -52,7 +52,9 @@ def sample_noise(
 
     Where the step has `own_randomness` (dropout) its noise-free release cannot be taken off exactly; it is left in.
     """
-    batch = [case.records[i % len(case.records)] for i in range(size)]
+    batch = (
+        case.batch if size == case.batch_size else [case.records[i % len(case.records)] for i in range(size)]
+    )
     clean = {} if own_randomness else released(case, batch, noise_multiplier=0.0, seed=seed)
     rows: dict[str, list[np.ndarray]] = {}
     seen: dict[str, int] = {}
@@ -220,7 +222,7 @@ def has_own_randomness(case: TrainingStep, seed: int) -> bool:
     Raises:
         ValueError: two builds from one seed release different things.
     """
-    batch = list(case.records[:4])
+    batch = case.batch
     found = []
     for inner in (None, None, seed + 1):
         with seeded(seed), running(case.make(case.records, 0.0)) as run:

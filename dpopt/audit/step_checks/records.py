@@ -75,46 +75,52 @@ def both(case: TrainingStep, trial: Trial) -> tuple[list[Any], list[Any]]:
     return whole, rest + whole[trial.odd + 1 :]
 
 
-def trials(case: TrainingStep, *, sizes: Sequence[int], seed: int, only_same_place: bool) -> list[Trial]:
-    """Neighbouring batches of each size; `only_same_place` keeps every other record at its place, for steps with dropout."""
+def trials(case: TrainingStep, *, sizes: Sequence[int], seed: int, same_places: bool) -> list[Trial]:
+    """Neighbouring batches of each size; `same_places` keeps every other record at its place, for steps with dropout."""
     source = random.Random(seed)
     made: list[Trial] = []
     for size in sizes:
         for variant in VARIANTS:
-            made += _with_one_odd(case, size, variant, source, only_same_place)
+            made += _with_one_odd(case, size, variant, source, same_places)
         for variant in ("as it is", "times 1000", "over 1000"):
-            made += _all_alike(case, size, variant, source, only_same_place)
+            made += _all_alike(case, size, variant, source, same_places)
     return made
 
 
+def _other(case: TrainingStep, source: random.Random, wanted: bool) -> Entry | None:
+    """What takes the odd record's place, where it is replaced: another one, or its opposite."""
+    pool = len(case.records) + len(case.hostile)
+    variant = source.choice(("as it is", "negated", "times 1000"))
+    return Entry(source.randrange(pool), variant) if wanted or case.batch_size else None
+
+
 def _with_one_odd(
-    case: TrainingStep, size: int, variant: str, source: random.Random, only_same_place: bool
+    case: TrainingStep, size: int, variant: str, source: random.Random, same_places: bool
 ) -> list[Trial]:
     """One record of the variant among ordinary ones, removed, or replaced by another."""
     pool = len(case.records) + len(case.hostile)
     made = []
     for number in range(2):
         batch = [Entry(source.randrange(pool)) for _ in range(size)]
-        odd = size - 1 if only_same_place else (0, size - 1)[number]
+        odd = size - 1 if same_places else (0, size - 1)[number]
         place = len(case.records) + number if number < len(case.hostile) else source.randrange(pool)
         batch[odd] = Entry(place, variant)
-        other = Entry(source.randrange(pool)) if only_same_place and number else None
+        other = _other(case, source, same_places and number > 0)
         made.append(Trial(tuple(batch), odd, other, source.randrange(1 << 30)))
     return made
 
 
 def _all_alike(
-    case: TrainingStep, size: int, variant: str, source: random.Random, only_same_place: bool
+    case: TrainingStep, size: int, variant: str, source: random.Random, same_places: bool
 ) -> list[Trial]:
     """Batches of one variant, of different records and of one record many times."""
     pool = len(case.records) + len(case.hostile)
     one = source.randrange(pool)
     different = tuple(Entry(source.randrange(pool), variant) for _ in range(size))
-    odd = size - 1 if only_same_place else source.randrange(size)
-    made = [Trial(different, odd, None, source.randrange(1 << 30))]
+    odd = size - 1 if same_places else source.randrange(size)
+    listed = [(different, odd)]
     if size > 1:
         same = tuple(Entry(one, variant) for _ in range(size - 1))
         apart = Entry((one + 1) % pool, "negated" if variant == "as it is" else variant)
-        made.append(Trial((*same, apart), size - 1, None, source.randrange(1 << 30)))
-        made.append(Trial((*same, same[0]), size - 1, None, source.randrange(1 << 30)))
-    return made
+        listed += [((*same, apart), size - 1), ((*same, same[0]), size - 1)]
+    return [Trial(batch, at, _other(case, source, False), source.randrange(1 << 30)) for batch, at in listed]

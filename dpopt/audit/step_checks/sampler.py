@@ -71,20 +71,19 @@ def check_sampler(case: TrainingStep, seed: int, steps: int = 400) -> list[Findi
         return [
             Finding("sampler", UNCHECKED, expected, "make returns no loader, or one of fewer than 20 batches")
         ]
+    again = f"inclusions(step, {len(drawn)}, {seed})"
     if case.sampler == "shuffled":
-        return [_each_once(drawn, case.sampling_rate, seed)]
+        return [_each_once(drawn, case.sampling_rate, again)]
     law = _poisson if case.sampler == "poisson" else _fixed_size
-    return [_rate(drawn, case.sampling_rate, seed), *law(drawn, case.sampling_rate, seed)]
+    return [_rate(drawn, case.sampling_rate, again), *law(drawn, case.sampling_rate, again)]
 
 
-def _finding(check: str, expected: str, seen: str, figure: float, odd: bool, seed: int) -> Finding:
+def _finding(check: str, expected: str, seen: str, figure: float, odd: bool, again: str) -> Finding:
     verdict = FAULT if odd else HOLDS
-    return Finding(
-        check, verdict, expected, seen, figure, statistical(), f"inclusions(step, 400, {seed})" if odd else ""
-    )
+    return Finding(check, verdict, expected, seen, figure, statistical(), again if odd else "")
 
 
-def _rate(drawn: np.ndarray, rate: float, seed: int) -> Finding:
+def _rate(drawn: np.ndarray, rate: float, again: str) -> Finding:
     total, count = int(drawn.sum()), drawn.size
     low, high = (
         float(f) for f in (stats.binom.cdf(total, count, rate), stats.binom.sf(total - 1, count, rate))
@@ -92,7 +91,7 @@ def _rate(drawn: np.ndarray, rate: float, seed: int) -> Finding:
     seen = f"{total / count:.5g}, {total / count / rate:.4g} times that"
     expected = f"each record at rate {rate:.5g}"
     if high < LEVEL / 2:
-        return _finding("sampling rate", expected, seen, total / count / rate, True, seed)
+        return _finding("sampling rate", expected, seen, total / count / rate, True, again)
     if low < LEVEL / 2:
         never = int((drawn.sum(0) == 0).sum())
         seen += f"; {never} records never" if never else ""
@@ -104,10 +103,10 @@ def _rate(drawn: np.ndarray, rate: float, seed: int) -> Finding:
             total / count / rate,
             statistical(),
         )
-    return _finding("sampling rate", expected, seen, total / count / rate, False, seed)
+    return _finding("sampling rate", expected, seen, total / count / rate, False, again)
 
 
-def _dispersion(check: str, energy: float, freedom: int, what: str, seed: int, expected: str) -> Finding:
+def _dispersion(check: str, energy: float, freedom: int, what: str, again: str, expected: str) -> Finding:
     """Of a sum of squares that is chi-square with `freedom` by the law that is priced."""
     low, high = stats.chi2.cdf(energy, freedom), stats.chi2.sf(energy, freedom)
     # The binomial is not normal: its own fourth moment makes this a little wider than chi-square.
@@ -118,34 +117,34 @@ def _dispersion(check: str, energy: float, freedom: int, what: str, seed: int, e
         f"{energy / freedom:.4f} times the variance {what}",
         energy / freedom,
         bool(odd),
-        seed,
+        again,
     )
 
 
-def _poisson(drawn: np.ndarray, rate: float, seed: int) -> list[Finding]:
+def _poisson(drawn: np.ndarray, rate: float, again: str) -> list[Finding]:
     steps, records = drawn.shape
     variance = rate * (1 - rate)
-    found = [_twice(drawn, seed)]
+    found = [_twice(drawn, again)]
     if not variance:
         return found
     sizes, counts = drawn.sum(1), drawn.sum(0)
     by_size = float(np.square(sizes - records * rate).sum() / (records * variance))
     by_record = float(np.square(counts - steps * rate).sum() / (steps * variance))
-    found.append(_dispersion("batch sizes", by_size, steps, "of Poisson batches", seed,
+    found.append(_dispersion("batch sizes", by_size, steps, "of Poisson batches", again,
                              "sizes that vary as Poisson draws do (0: batches of one size)"))  # fmt: skip
-    found.append(_dispersion("records", by_record, records, "of Poisson draws between records", seed,
+    found.append(_dispersion("records", by_record, records, "of Poisson draws between records", again,
                              "counts that vary between records as coins do (0: an epoch takes each once)"))  # fmt: skip
-    found.append(_correlations(drawn, rate, variance, seed))
+    found.append(_correlations(drawn, rate, variance, again))
     return found
 
 
-def _twice(drawn: np.ndarray, seed: int) -> Finding:
+def _twice(drawn: np.ndarray, again: str) -> Finding:
     most = int(drawn.max())
     return Finding("once per step", FAULT if most > 1 else HOLDS, "each record at most once in a step",
-                   f"at most {most} times", float(most), "exact", f"inclusions(step, 400, {seed})" if most > 1 else "")  # fmt: skip
+                   f"at most {most} times", float(most), "exact", again if most > 1 else "")  # fmt: skip
 
 
-def _correlations(drawn: np.ndarray, rate: float, variance: float, seed: int) -> Finding:
+def _correlations(drawn: np.ndarray, rate: float, variance: float, again: str) -> Finding:
     """Between steps (lags 1 to 20) and between neighbouring records."""
     centred = (drawn - rate) / math.sqrt(variance)
     worst, where, tests = 0.0, "", 0
@@ -164,31 +163,31 @@ def _correlations(drawn: np.ndarray, rate: float, variance: float, seed: int) ->
     limit = float(stats.norm.isf(LEVEL / 4 / tests)) * 1.05
     return _finding("draws independent", "steps and records that are drawn independently",
                     f"{worst:+.1f} standard deviations at {where}, at most {limit:.1f} by chance", abs(worst) / limit,
-                    abs(worst) > limit, seed)  # fmt: skip
+                    abs(worst) > limit, again)  # fmt: skip
 
 
-def _fixed_size(drawn: np.ndarray, rate: float, seed: int) -> list[Finding]:
+def _fixed_size(drawn: np.ndarray, rate: float, again: str) -> list[Finding]:
     steps, records = drawn.shape
     sizes, counts = drawn.sum(1), drawn.sum(0)
     wanted = round(rate * records)
     same = bool((sizes == wanted).all())
     variance = rate * (1 - rate)
-    found = [_twice(drawn, seed), _finding("batch sizes", f"batches of exactly {wanted}", f"{sizes.min()} to {sizes.max()}",
-                                           float(sizes.max()) / wanted, not same, seed)]  # fmt: skip
+    found = [_twice(drawn, again), _finding("batch sizes", f"batches of exactly {wanted}", f"{sizes.min()} to {sizes.max()}",
+                                           float(sizes.max()) / wanted, not same, again)]  # fmt: skip
     if variance and records > 1:
         # Hypergeometric draws: records of one step are negatively correlated, so the sum of squares has records - 1 freedoms.
         energy = float(np.square(counts - steps * rate).sum() / (steps * variance) * (records - 1) / records)
-        found.append(_dispersion("records", energy, records - 1, "of independent draws between records", seed,
+        found.append(_dispersion("records", energy, records - 1, "of independent draws between records", again,
                                  "counts that vary as independent draws do"))  # fmt: skip
     return found
 
 
-def _each_once(drawn: np.ndarray, rate: float, seed: int) -> Finding:
+def _each_once(drawn: np.ndarray, rate: float, again: str) -> Finding:
     length = round(1 / rate)
     epochs = [drawn[k : k + length].sum(0) for k in range(0, len(drawn) - length + 1, length)]
     odd = [e for e in epochs if int(e.max()) > 1]
     missed = sum(int((e == 0).sum()) for e in epochs)
     seen = f"{len(odd)} of {len(epochs)} epochs take a record twice, {missed} records left out of one"
     return _finding(
-        "sampler", f"each record at most once in {length} steps", seen, float(len(odd)), bool(odd), seed
+        "sampler", f"each record at most once in {length} steps", seen, float(len(odd)), bool(odd), again
     )

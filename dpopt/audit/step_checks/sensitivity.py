@@ -95,7 +95,7 @@ def search(
     climbs: int,
 ) -> Search:
     """Try neighbouring batches of all kinds, then change the worst ones `climbs` times to move further."""
-    listed = trials(case, sizes=sizes, seed=seed, only_same_place=own_randomness)
+    listed = trials(case, sizes=sizes, seed=seed, same_places=own_randomness)
     found = [movement(case, trial) for trial in listed]
     result = Search(tuple(found), stds, case.noise_multiplier)
     pool = len(case.records) + len(case.hostile)
@@ -135,7 +135,9 @@ def _reason(found: Search) -> str:
     """What a record that is alone in its batch tells: it is clipped, in groups, or not at all."""
     alone = [m for m in found.movements if m.norms and len(m.trial.batch) == 1]
     worst = max(alone, key=found.figure, default=None)
-    if worst is None or found.figure(worst) <= 1 + 10 * SLACK:
+    if worst is None:
+        return "no batch of one record could tell why"
+    if found.figure(worst) <= 1 + 10 * SLACK:
         return "not by a record alone: the loss, the clipping or a sum in few bits couples examples"
     single = max(found.figure(replace(worst, norms={n: v})) for n, v in worst.norms.items())
     if single <= 1 + SLACK:
@@ -166,9 +168,11 @@ def check_wild(found: Search) -> Finding:
     return Finding("hostile records", HOLDS, expected, f"finite in {len(wild)} trials")
 
 
-def check_empty(found: Search) -> Finding:
+def check_empty(case: TrainingStep, found: Search) -> Finding:
     """A draw of nobody is a step like any other."""
     expected = "a step of noise alone where nobody was drawn"
+    if case.batch_size:
+        return Finding("empty batch", UNCHECKED, expected, "batches of one size: nothing is drawn empty")
     empty = [m for m in found.movements if len(m.trial.batch) == 1 and m.trial.other is None]
     refused = [m for m in empty if m.trouble.startswith("empty refused")]
     if refused:

@@ -32,7 +32,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def check_buffers(case: TrainingStep, seed: int) -> Finding:
     """Nothing that `state_dict` publishes depends on the batch unless noise covers it."""
     expected = "no buffer that depends on the batch"
-    batch = list(case.records[:4])
+    batch = case.batch
     with seeded(seed), running(case.make(case.records, case.noise_multiplier)) as run:
         parameters = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
     try:
@@ -51,7 +51,7 @@ def check_buffers(case: TrainingStep, seed: int) -> Finding:
             told,
             None,
             "exact",
-            "state_dict() after a step on records[:4], and with one replaced",
+            "state_dict() after a step on step.batch, and with one replaced",
         )
     count = len([n for n in one if n not in parameters])
     return Finding("buffers", HOLDS, expected, f"{count} buffers, none of them does")
@@ -60,7 +60,7 @@ def check_buffers(case: TrainingStep, seed: int) -> Finding:
 def check_parameters(case: TrainingStep, seed: int) -> Finding:
     """Parameters that a step moves are moved by noisy gradients: not by the same amount with noise and without."""
     expected = "parameters that move by what was released"
-    batch = list(case.records[:4])
+    batch = case.batch
     before, noisy = _after(case, batch, case.noise_multiplier, seed)
     first, clean = _after(case, batch, 0.0, seed)
     with seeded(seed), running(case.make(case.records, 0.0)) as run:
@@ -91,7 +91,7 @@ def check_parameters(case: TrainingStep, seed: int) -> Finding:
 def check_number_of_records(case: TrainingStep, seed: int) -> Finding:
     """The scale of a release does not depend on how many records there are."""
     expected = "the same release on the same batch, with one record more or fewer in the dataset"
-    batch, pool = list(case.records[:4]), list(case.records)
+    batch, pool = case.batch, list(case.records)
     others: Sequence[list[Any]] = (pool[:-1], pool + pool[:1], pool + pool[: max(1, len(pool) // 2)])
     here = released(case, batch, noise_multiplier=0.0, seed=seed)
     if not here:
@@ -109,5 +109,5 @@ def check_number_of_records(case: TrainingStep, seed: int) -> Finding:
                 "number of records is public"
             )
             return Finding("number of records", CAUTION, expected, told, b / a, "exact",
-                           "released(step, records[:4], ..., records=records[:-1])")  # fmt: skip
+                           "released(step, step.batch, ..., records=step.records[:-1])")  # fmt: skip
     return Finding("number of records", HOLDS, expected, "the same")
