@@ -19,7 +19,10 @@ CATALOGUE = Path(__file__).resolve().parent.parent / "tests" / "mutations"
 
 def row(mutation: Any, caught: Any) -> str:
     checks = ", ".join(caught.checks) or ("-" if mutation.step else "not asked")
-    tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in caught.tests) or "-"
+    asked = not (caught.checks and not caught.tests and mutation.tests)
+    tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in caught.tests) or (
+        "-" if asked else "not run"
+    )
     return f"| {mutation.name} | {mutation.kind} | {checks} | {tests} | {'yes' if caught.any else '**no**'} |"
 
 
@@ -58,6 +61,7 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="", help="a word of the name or the kind")
     parser.add_argument("--no-tests", action="store_true", help="ask the step checker alone")
+    parser.add_argument("--first", action="store_true", help="run no tests where the step checker notices")
     parser.add_argument("--write", type=Path, help="the name of the .md and .json, without its ending")
     options = parser.parse_args(words)
     sys.path.insert(0, str(CATALOGUE))
@@ -67,7 +71,7 @@ def main(words: list[str] | None = None) -> None:
     rows = []
     for mutation in MUTATIONS:
         if options.only in mutation.name or options.only == mutation.kind:
-            caught = judged(mutation, tests=not options.no_tests)
+            caught = judged(mutation, tests=not options.no_tests, first=options.first)
             rows.append((mutation, caught))
             told = f"{', '.join(caught.checks) or '-'} | {', '.join(caught.tests) or '-'} | {caught.trouble}"
             print(

@@ -50,7 +50,7 @@ def by_checker(mutation: Mutation, *, quick: bool = False) -> tuple[str, ...]:
         return ()
     areas = tuple(dict.fromkeys(_AREAS[check] for check in mutation.checks))
     sizes = (1, 2, 64) if "bits" in mutation.name else (1, 2, 4)
-    sizes, steps = ((2,), 24) if quick else (sizes, 40)
+    sizes, steps = ((2,), 24) if quick else (sizes, 96 if "independence" in areas else 40)
     report = check_step(STEPS[mutation.step](), checks=areas, sizes=sizes, climbs=0, steps=steps)
     found = [f.check for f in (*report.faults, *report.cautions)]
     return tuple(check for check in dict.fromkeys(found) if check in mutation.checks)
@@ -79,8 +79,8 @@ def by_tests(mutation: Mutation) -> tuple[tuple[str, ...], str]:
     return tuple(failures.failed[:1]), "" if failures.ran or failures.failed else "no test ran"
 
 
-def judged(mutation: Mutation, *, tests: bool = True) -> Caught:
-    """Plant the bug in a process of its own, and see who notices."""
+def judged(mutation: Mutation, *, tests: bool = True, first: bool = False) -> Caught:
+    """Plant the bug in a process of its own, and see who notices; `first`: no tests where the checker does."""
     reading, writing = os.pipe()
     warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
     start = time.monotonic()
@@ -95,7 +95,7 @@ def judged(mutation: Mutation, *, tests: bool = True) -> Caught:
                     caught.checks = by_checker(mutation, quick=not tests)
                 except Exception as error:
                     caught.trouble = f"{type(error).__name__}: {error}"[:300]
-                if tests:
+                if tests and not (first and caught.checks):
                     caught.tests, told = by_tests(mutation)
                     caught.trouble = "; ".join(filter(None, (caught.trouble, told)))
         except BaseException as error:
