@@ -59,18 +59,19 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="a word of the name or the kind")
+    parser.add_argument("--only", nargs="*", default=[""], help="words of the name, or kinds")
     parser.add_argument("--no-tests", action="store_true", help="ask the step checker alone")
     parser.add_argument("--first", action="store_true", help="run no tests where the step checker notices")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="take these .json for results")
     parser.add_argument("--write", type=Path, help="the name of the .md and .json, without its ending")
     options = parser.parse_args(words)
     sys.path.insert(0, str(CATALOGUE))
     from catalogue import MUTATIONS
-    from judging import judged
+    from judging import Caught, judged
 
-    rows = []
-    for mutation in MUTATIONS:
-        if options.only in mutation.name or options.only == mutation.kind:
+    rows = [row for path in options.join for row in known(path, {m.name: m for m in MUTATIONS}, Caught)]
+    for mutation in [] if options.join else MUTATIONS:
+        if any(word in mutation.name or word == mutation.kind for word in options.only):
             caught = judged(mutation, tests=not options.no_tests, first=options.first)
             rows.append((mutation, caught))
             told = f"{', '.join(caught.checks) or '-'} | {', '.join(caught.tests) or '-'} | {caught.trouble}"
@@ -78,11 +79,28 @@ def main(words: list[str] | None = None) -> None:
                 f"{'' if caught.any else 'MISSED '}{mutation.name} | {told} | {caught.seconds:.0f} s",
                 flush=True,
             )
-    page = report(rows)
+            if options.write is not None:
+                write(options.write, rows)
     if options.write is not None:
-        options.write.with_name(f"{options.write.name}.md").write_text(page)
-        data = [{"name": m.name, "kind": m.kind, **asdict(caught)} for m, caught in rows]
-        options.write.with_name(f"{options.write.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        write(options.write, rows)
+
+
+def known(path: Path, mutations: dict[str, Any], kind: Any) -> list[tuple[Any, Any]]:
+    """The results of an earlier run."""
+    data = json.loads(path.read_text())
+    made = ("checks", "tests", "trouble", "seconds")
+    return [
+        (mutations[x["name"]], kind(**{name: x[name] for name in made}))
+        for x in data
+        if x["name"] in mutations
+    ]
+
+
+def write(name: Path, rows: list[tuple[Any, Any]]) -> None:
+    """The page, and the results as data."""
+    name.with_name(f"{name.name}.md").write_text(report(rows))
+    data = [{"name": m.name, "kind": m.kind, **asdict(caught)} for m, caught in rows]
+    name.with_name(f"{name.name}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,12 +49,24 @@ def step(
     console, errors = Console(), Console(stderr=True)
     with exit_codes(errors):
         case = load(target)
-        report = check_step(case, name=target, seed=seed, steps=steps, checks=tuple(only or CHECKS))
+        report = _checked(case, target, seed, steps, tuple(only or CHECKS))
         if json_out is not None:
             written = {"name": report.name, "findings": [asdict(f) for f in report.findings]}
             json_out.write_text(json.dumps(written, indent=2) + "\n")
         show(console, report)
     raise typer.Exit(report.exit_code)
+
+
+def _checked(case: TrainingStep, target: str, seed: int, steps: int, checks: tuple[str, ...]) -> StepReport:
+    try:
+        return check_step(case, name=target, seed=seed, steps=steps, checks=checks)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's step raises; 1 would say that it has a fault
+        raise ValueError(
+            f"expected a step that runs on its own records; got {type(error).__name__}: {error}; run it once by hand, "
+            "model, step = make(records, 0.0); step(records[:4])"
+        ) from error
 
 
 def load(target: str) -> TrainingStep:

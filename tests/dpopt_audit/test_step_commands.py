@@ -31,6 +31,11 @@ def silent():
     from dpopt.audit.step_checks import TrainingStep
     return TrainingStep(make, [0, 1, 2, 3], 1.0)
 number = 3
+def broken():
+    def make(records, noise_multiplier):
+        raise RuntimeError("no such layer")
+    from dpopt.audit.step_checks import TrainingStep
+    return TrainingStep(make, [0, 1, 2, 3], 1.0)
 """
 
 
