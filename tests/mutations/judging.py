@@ -92,7 +92,9 @@ def judged(mutation: Mutation, *, tests: bool = True, first: bool = False) -> Ca
         try:
             with planted(mutation):
                 try:
-                    caught.checks = by_checker(mutation, quick=not tests)
+                    caught.checks = by_checker(mutation, quick=True)
+                    if tests and not caught.checks:
+                        caught.checks = by_checker(mutation)
                 except Exception as error:
                     caught.trouble = f"{type(error).__name__}: {error}"[:300]
                 if tests and not (first and caught.checks):
