@@ -66,8 +66,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, help="the name of the .md and .json, without its ending")
     options = parser.parse_args(words)
     sys.path.insert(0, str(CATALOGUE))
-    from catalogue import MUTATIONS
     from judging import Caught, judged
+    from planted_bugs import MUTATIONS
 
     rows = [row for path in options.join for row in known(path, {m.name: m for m in MUTATIONS}, Caught)]
     for mutation in [] if options.join else MUTATIONS:

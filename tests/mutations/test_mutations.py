@@ -5,10 +5,10 @@ import inspect
 from pathlib import Path
 
 import pytest
-from catalogue import MUTATIONS
 from judging import judged
 from mutating import Edit, Mutation, function_at, planted
 from own_steps import COUPLED, STEPS
+from planted_bugs import MUTATIONS
 
 from dpopt.audit.step_checks import check_step
 
