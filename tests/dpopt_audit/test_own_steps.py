@@ -46,3 +46,12 @@ def test_a_loss_that_is_apart_is_not_accused():
 
     report = check_step(explicit(losses=smooth), checks=("sensitivity",), sizes=(4,), climbs=0, steps=24)
     assert report.faults == () and len(STEPS) > 10
+
+
+def test_a_model_in_sixteen_bits_is_not_accused_of_its_rounding():
+    def losses(model, x, y):
+        return each(model, x.bfloat16(), y).float()
+
+    case = explicit(model=lambda: mlp().bfloat16(), losses=losses)
+    report = check_step(case, checks=("noise", "sensitivity"), sizes=(1, 16), climbs=0, steps=24)
+    assert (report.faults, report.cautions) == ((), ()), report

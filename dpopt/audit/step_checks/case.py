@@ -169,6 +169,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: g.detach().to_dense().double().flatten().clone() for n, g in found.items()}
 
 
+def resolution(model: nn.Module) -> float:
+    """The machine epsilon of the coarsest gradient: what is released is rounded to it, after the noise."""
+    kinds = {p.dtype if p.grad is None else p.grad.dtype for p in trainable(model).values()}
+    return max((torch.finfo(kind).eps for kind in kinds), default=torch.finfo(torch.float32).eps)
+
+
 def released(
     case: TrainingStep,
     batch: list[Any],

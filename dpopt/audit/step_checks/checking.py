@@ -113,7 +113,7 @@ def _sensitivity(
     trials = sensitivity.search(
         case,
         stds if claimed is None else dict.fromkeys(found.tensors, claimed),
-        sizes=(case.batch_size,) if case.batch_size else sizes, seed=seed + 2, own_randomness=own, climbs=climbs,
+        sizes=(case.batch_size,) if case.batch_size else sizes, seed=seed + 2, own_randomness=own, climbs=climbs, unit=found.resolution or 1e-7,
     )  # fmt: skip
     if not trials.stds:
         expected = "noise to measure movements by"

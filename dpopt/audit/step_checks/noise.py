@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dpopt.audit.step_checks.case import TrainingStep, gradients, released, restore, running, seeded, snapshot
+from dpopt.audit.step_checks.case import (
+    TrainingStep,
+    gradients,
+    released,
+    resolution,
+    restore,
+    running,
+    seeded,
+    snapshot,
+)
 from dpopt.audit.step_checks.findings import CAUTION, FAULT, HOLDS, LEVEL, UNCHECKED, Finding, statistical
 
 COORDINATES = 20_000
@@ -25,6 +34,10 @@ class NoiseSample:
     missing: tuple[str, ...]
     centred: bool
     seed: int
+    resolution: float = 0.0
+    """The machine epsilon of what was released."""
+    largest: float = 0.0
+    """The largest number of the release without noise."""
 
     @property
     def size(self) -> int:
@@ -69,15 +82,19 @@ def sample_noise(
                 apart = less[:: math.ceil(less.numel() / COORDINATES)].numpy()
                 rows.setdefault(name, []).append(apart)
                 seen[name] = seen.get(name, 0) + 1
+        unit = resolution(run.model)
+    largest = max((float(x.abs().max()) for x in clean.values()), default=0.0)
     whole = {name: np.stack(x) for name, x in rows.items() if seen[name] == steps}
     missing = tuple(name for name in names if name not in whole)
-    return NoiseSample(whole, missing, not own_randomness, seed)
+    return NoiseSample(whole, missing, not own_randomness, seed, unit, largest)
 
 
 def check_presence(sample: NoiseSample) -> Finding:
     """Every coordinate of every trainable tensor has noise in every step."""
     bare = {n: float((x == 0).mean()) for n, x in sample.tensors.items()}
-    bad = sorted(n for n, share in bare.items() if share > 1e-3 and sample.centred) + list(sample.missing)
+    # Noise below the resolution of the number that it is added to is rounded away: in sixteen bits that is seen.
+    some = {n: 1e-3 + 2 * sample.resolution * (1 + sample.largest / (sample.scale(n) or 1.0)) for n in bare}
+    bad = sorted(n for n, share in bare.items() if share > some[n] and sample.centred) + list(sample.missing)
     expected = "noise in every coordinate of every released tensor, in every step"
     if not sample.tensors:
         seen = "no gradient after the step: call zero_grad() at its beginning, not at its end"

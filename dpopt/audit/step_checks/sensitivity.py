@@ -38,8 +38,8 @@ class Movement:
         return math.hypot(*parts) * noise_multiplier / self.trial.bound
 
 
-def movement(case: TrainingStep, trial: Trial) -> Movement:
-    """Replay one step on the two batches of a trial, without noise and from one seed."""
+def movement(case: TrainingStep, trial: Trial, unit: float = torch.finfo(torch.float32).eps) -> Movement:
+    """Replay one step on the two batches of a trial, without noise and from one seed; `unit` is what releases are rounded to."""
     sides: list[dict[str, Tensor] | None] = []
     failures: list[str] = []
     for batch in both(case, trial):
@@ -61,7 +61,6 @@ def movement(case: TrainingStep, trial: Trial) -> Movement:
     if not all(finite):
         return Movement(trial, {}, {}, "not finite" if any(finite) else "both not finite")
     norms = {n: float((left[n] - right[n]).norm()) for n in names}
-    unit = torch.finfo(torch.float32).eps
     rounding = {n: 2 * unit * float(left[n].norm() + right[n].norm()) for n in names}
     return Movement(trial, norms, rounding)
 
@@ -93,10 +92,11 @@ def search(
     seed: int,
     own_randomness: bool,
     climbs: int,
+    unit: float,
 ) -> Search:
     """Try neighbouring batches of all kinds, then change the worst ones `climbs` times to move further."""
     listed = trials(case, sizes=sizes, seed=seed, same_places=own_randomness)
-    found = [movement(case, trial) for trial in listed]
+    found = [movement(case, trial, unit) for trial in listed]
     result = Search(tuple(found), stds, case.noise_multiplier)
     pool = len(case.records) + len(case.hostile)
     source = torch.Generator().manual_seed(seed)
@@ -108,7 +108,9 @@ def search(
         at = int(torch.randint(len(trial.batch), (1,), generator=source))
         changed = Entry(int(torch.randint(pool, (1,), generator=source)), trial.batch[at].variant)
         batch = (*trial.batch[:at], changed, *trial.batch[at + 1 :])
-        result = replace(result, movements=(*result.movements, movement(case, replace(trial, batch=batch))))
+        result = replace(
+            result, movements=(*result.movements, movement(case, replace(trial, batch=batch), unit))
+        )
     return result
 
 
