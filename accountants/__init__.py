@@ -10,7 +10,6 @@
 from accountants import calibrate
 from accountants.best import AdaptiveSchedule, best
 from accountants.curve import Accountant, Bound, Curve
-from accountants.event_data import from_dict, to_dict
 from accountants.events import (
     BY_POSITION,
     BY_RECORD,
@@ -28,9 +27,10 @@ from accountants.events import (
     UnpricedEvent,
 )
 from accountants.filter import BudgetExhausted, Filter, budget_filter, choose_order
+from accountants.formats.event_json import from_dict, to_dict
 from accountants.group import GroupCurve, group
-from accountants.ledger import Ledger
-from accountants.ledger_bound import ledger_bound
+from accountants.ledger.ledger import Ledger
+from accountants.ledger.ledger_bound import ledger_bound
 from accountants.nests import leaves
 from accountants.records import History, Record, charged, read, verify
 from accountants.registry import accountant

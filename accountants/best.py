@@ -3,11 +3,11 @@
 
 from accountants.curve import Accountant, Bound, check_delta
 from accountants.events import Event
-from accountants.feedback import FeedbackPricing
+from accountants.methods.hidden_feedback import FeedbackPricing
+from accountants.methods.pld import PLD
+from accountants.methods.prv import PRV
+from accountants.methods.rdp import RDP
 from accountants.nests import charged_under, leaves
-from accountants.pld import PLD
-from accountants.prv import PRV
-from accountants.rdp import RDP
 from accountants.relations import ADD_REMOVE
 
 SCHEDULES = ("fixed", "public", "dp_history")

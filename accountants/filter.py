@@ -36,7 +36,7 @@ happened, reaches the budget. Weights that add up to more than 1 are that rule a
 12, epsilon 3 and delta 1e-5 an adversary reaches delta 1.5e-5.
 
 One filter is one budget. On a ledger, the rule is the ledger's: all filters made there are the same one, and direct
-charges count in it and are held to it (`accountants.ledger`).
+charges count in it and are held to it (`accountants.ledger.ledger`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,7 +44,6 @@ from typing import Self
 
 import numpy as np
 
-from accountants.closed import total_mu
 from accountants.curve import Accountant, Bound
 from accountants.events import Event
 from accountants.filter_rule import (
@@ -60,12 +59,13 @@ from accountants.filter_rule import (
     renyi_limits,
     renyi_rule,
 )
-from accountants.ledger import Ledger
-from accountants.ledger_bound import ledger_bound
-from accountants.rdp import ORDERS
+from accountants.ledger.ledger import Ledger
+from accountants.ledger.ledger_bound import ledger_bound
+from accountants.ledger.spending import Book, Memory
+from accountants.methods.closed_forms import total_mu
+from accountants.methods.rdp import ORDERS
 from accountants.records import Scalar
 from accountants.relations import ADD_REMOVE, check_relation, priced, require_charged_under
-from accountants.spending import Book, Memory
 
 __all__ = ["ADAPTIVE_SCHEDULE", "BudgetExhausted", "Filter", "budget_filter", "choose_order"]
 

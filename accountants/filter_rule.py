@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accountants.curve import Bound, check_delta
+from accountants.dominating_pairs.gaussian import gaussian_delta, gaussian_epsilon, smallest
 from accountants.events import Event, Gaussian, UnpricedEvent
-from accountants.gaussian import gaussian_delta, gaussian_epsilon, smallest
+from accountants.methods.rdp import ORDERS, RDP
 from accountants.nests import shown
-from accountants.rdp import ORDERS, RDP
 from accountants.relations import RELATIONS, check_relation, priced
 
 Array = NDArray[np.float64]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far an upper bound is from the truth, at most: an epsilon that no proof can go below.
 
-The counterpart of `accountants.dots`. The curve H of a step is convex in exp(e); here its chords on the grid are
+The counterpart of `accountants.dominating_pairs.connect_the_dots`. The curve H of a step is convex in exp(e); here its chords on the grid are
 lowered until they lie below it. Between two grid points H stays above its tangents at both, hence no more below
 the chord than width * (difference of their slopes) / 4. What remains is the curve of a pair of (sub-probability)
 laws on the grid which the step dominates, and so do the compositions: delta(e) of a composition is a positive
 mixture of values of the last step's curve. The error in epsilon is of second order in the mesh, as above.
 
 Mass that comes into the window of the Fourier transform from outside of it is bounded by Chernoff and taken off;
-rounding errors are taken off as in `accountants.tilt`.
+rounding errors are taken off as in `accountants.privacy_loss.fft_composition`.
 """
 
 import math
@@ -17,17 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from accountants.closed import closed_epsilon
 from accountants.curve import check_delta
-from accountants.direction import MAX_POINTS, MAX_WORK, Direction, Steps, few_digits
-from accountants.dots import FARTHEST, UNIT, Law, gaussian, inner, rounded
+from accountants.dominating_pairs.connect_the_dots import gaussian, inner, rounded
+from accountants.dominating_pairs.grid_law import FARTHEST, UNIT, Law
+from accountants.dominating_pairs.sampled_step import Step
 from accountants.events import Event, Gaussian, NonPrivate, PoissonSampled, UnpricedEvent
-from accountants.loss import Step
+from accountants.methods.closed_forms import closed_epsilon
+from accountants.methods.pld import PLD
 from accountants.nests import leaves
-from accountants.outlook import ORDERS, Outlook, fast_size
-from accountants.pld import PLD
+from accountants.privacy_loss.direction import MAX_POINTS, MAX_WORK, Direction, Steps, few_digits
+from accountants.privacy_loss.fft_composition import Tail, Window, log_moment, transformed
+from accountants.privacy_loss.window import ORDERS, Outlook, fast_size
 from accountants.relations import ADD_REMOVE, as_step, extreme, priced
-from accountants.tilt import Tail, Window, log_moment, transformed
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ is below k exp((k-1) e) d. Every e gives a bound, the best one is searched. Some
 
 - Gaussians: k records move the sum by k at most, the noise multiplier is divided by k, exactly;
 - Poisson samples, records there or not, or emptied: the pair of a group, of which each record is sampled by itself
-  (`accountants.shifted`); both only where the curve keeps its mechanisms ("pld" and "prv");
+  (`accountants.dominating_pairs.feedback_step`); both only where the curve keeps its mechanisms ("pld" and "prv");
 - Renyi: rho(a) for groups of 2^c is at most 3^c rho(2^c a) (Mironov 2017, arXiv:1702.07476, proposition 2);
 - rho-zCDP: k^2 rho (Bun, Steinke 2016, arXiv:1605.02065, proposition 1.9).
 """
@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from accountants.curve import Bound, Curve, check_count, check_delta, check_epsilon, rounded_up
+from accountants.dominating_pairs.feedback_step import MOST_RECORDS
+from accountants.dominating_pairs.gaussian import smallest
+from accountants.dominating_pairs.sampled_step import GROUP, Step
 from accountants.events import Gaussian, PoissonSampled
-from accountants.gaussian import smallest
-from accountants.lazy import LazyCurve
-from accountants.loss import GROUP, Step
-from accountants.rdp import ORDERS, RenyiCurve
+from accountants.methods.lazy_curve import LazyCurve
+from accountants.methods.rdp import ORDERS, RenyiCurve
+from accountants.methods.zcdp import ConcentratedCurve
 from accountants.relations import Pair, merged
-from accountants.shifted import MOST_RECORDS
-from accountants.zcdp import ConcentratedCurve
 
 
 @dataclass(frozen=True, slots=True)

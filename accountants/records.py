@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 
-from accountants.event_data import from_dict
 from accountants.events import Composed, Event, Repeated
 from accountants.filter_rule import Rule, declared_rule, refuse_late
+from accountants.formats.event_json import from_dict
 from accountants.relations import relation_named
 from accountants.storage import LedgerCorrupt, open_for_reading
 

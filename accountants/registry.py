@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from accountants.curve import Accountant
-from accountants.feedback import FeedbackPricing
-from accountants.pld import PLD, RoughPLD
-from accountants.prv import PRV
-from accountants.rdp import RDP
+from accountants.methods.hidden_feedback import FeedbackPricing
+from accountants.methods.pld import PLD, RoughPLD
+from accountants.methods.prv import PRV
+from accountants.methods.rdp import RDP
+from accountants.methods.zcdp import ZCDP
 from accountants.relations import ADD_REMOVE, check_relation
-from accountants.zcdp import ZCDP
 
 DEFAULT = "pld"
 """The accountant that is taken where none is named."""

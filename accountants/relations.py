@@ -12,21 +12,14 @@ With contributions of norm <= 1 and s the noise multiplier:
 | event | add-or-remove-one | zero-out-one | replace-one |
 |---|---|---|---|
 | `Gaussian(s)` | s | s | s / 2 |
-| `PoissonSampled` | the sampled pair (`accountants.dots`) | the same | its mirrored pair (`accountants.swapped`) |
+| `PoissonSampled` | the sampled pair (`accountants.dominating_pairs.connect_the_dots`) | the same | its mirrored pair (`accountants.dominating_pairs.replaced_record`) |
 | `TruncatedPoisson` | as Poisson, and a slip | the same | the same |
-| `FixedSize` | refused | two pairs (`accountants.emptied`) | q D at s / 2 (`accountants.swapped`) |
+| `FixedSize` | refused | two pairs (`accountants.dominating_pairs.emptied_record`) | q D at s / 2 (`accountants.dominating_pairs.replaced_record`) |
 | `OncePerEpoch` `BY_RECORD` | Gaussian(s) | Gaussian(s) | Gaussian(s / 2) |
 | `OncePerEpoch` `BY_POSITION` | refused | Gaussian(s) | Gaussian(s / 2) |
-| `HiddenFeedback`, c = C2 / C1 | the shifted pair (`accountants.shifted`) | the same | Gaussian(s / (2 + 2 c)) |
+| `HiddenFeedback`, c = C2 / C1 | the shifted pair (`accountants.dominating_pairs.feedback_step`) | the same | Gaussian(s / (2 + 2 c)) |
 
-**Slip.** Let U be how many of the *other* records the Poisson coins choose, the same in D and D'. If U < m, nothing
-is cut whether the record in question is chosen or not: given the chosen ones, that is the Poisson step. So
-M(D) = (1-k) G(D) + k B(D) and M(D') = (1-k) G(D') + k B(D'), with one k = P[U >= m], G, G' dominated by the Poisson
-pair of curve H, and B, B' alike unless the record is drawn: at total variation <= q. By joint convexity the curve
-of the step is at most (1-k) H + k q for e >= 0, and (1-k) H + k (1 - exp(e)) + exp(e) k q for e <= 0; since H >= 1 - exp(e),
-both are at most (1-kq) H + kq, the curve of the Poisson pair with the mass kq moved to infinity. T steps:
-delta(e) <= T k q + delta_Poisson(e). There is no factor 1 + exp(e), as there would be for comparing the cut step with the
-uncut one in D and again in D'. U is binomial over at most n - 1 records, and k grows with n.
+**Slip.** The delta that cutting costs besides: `accountants.dominating_pairs.truncated_poisson`.
 
 **Once per epoch.** Given the assignment, the record is in one batch: the steps before it are alike, that one is a
 Gaussian, and those after it look at outputs (adaptive parallel composition). The assignment of the others has
@@ -42,9 +35,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from scipy.special import betainc
-
 from accountants.curve import ADD_OR_REMOVE
+from accountants.dominating_pairs.sampled_step import EMPTIED, FIXED, POISSON, SHIFTED, Step
+from accountants.dominating_pairs.truncated_poisson import overflow
 from accountants.events import (
     BY_POSITION,
     Event,
@@ -58,7 +51,6 @@ from accountants.events import (
     TruncatedPoisson,
     UnpricedEvent,
 )
-from accountants.loss import EMPTIED, FIXED, POISSON, SHIFTED, Step
 from accountants.nests import charged_under, leaves
 
 ADD_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
@@ -171,21 +163,6 @@ def as_step(pair: Pair) -> Step:
 def merged(counts: Mapping[Pair, int]) -> Pairs:
     """Write counted pairs in canonical order."""
     return tuple(sorted(counts.items(), key=lambda item: repr(item[0])))
-
-
-def overflow(event: TruncatedPoisson) -> float:
-    """Return q P[Binomial(num_records - 1, q) >= max_batch_size], the slip of one step, rounded up.
-
-    It is the probability that a given record is drawn in a sample too large to be kept whole.
-    """
-    others, least = event.num_records - 1, event.max_batch_size
-    if least > others:
-        return 0.0
-    if event.sampling_rate == 1:
-        return 1.0
-    # an upper tail of the binomial is a lower one of the beta law
-    tail = float(betainc(least, others - least + 1, event.sampling_rate))
-    return min(1.0, max(event.sampling_rate * tail * (1 + 1e-9), 1e-300))
 
 
 def _gaussian(leaf: Gaussian, relation: str) -> tuple[Pair, float]:

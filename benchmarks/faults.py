@@ -2,7 +2,7 @@
 """A thousand seeded faults in real training runs: what each kind cost, and what the ledger costs for each step.
 
 python -m benchmarks.faults                             # 1,000 faults, a table, and how long charges take
-python -m benchmarks.faults --write benchmarks/faults_amd-epyc_2026-11-21    # .md and .json
+python -m benchmarks.faults --write benchmarks/results/faults_amd-epyc_2026-11-21    # .md and .json
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from accountants import Gaussian, Ledger, PoissonSampled
 
-HARNESS = Path(__file__).resolve().parent.parent / "tests" / "faults"
+HARNESS = Path(__file__).resolve().parent.parent / "tests" / "support" / "faults"
 SLICE = 250
 """Faults for each server, so that no process lives long."""
 
@@ -97,8 +97,8 @@ Medians of {cost.charges} charges: {cost.wall:.3f} ms wall, of which {cost.synch
 def verdict_rows(lines: Iterable[str]) -> dict[str, dict[str, int]]:
     """The rows of the verdicts that servers printed."""
     sys.path.insert(0, str(HARNESS))
-    from harness import added
-    from observer import Verdict
+    from tests.support.faults.harness import added
+    from tests.support.faults.observer import Verdict
 
     return {kind: asdict(row) for kind, row in added(Verdict(**json.loads(line)) for line in lines).items()}
 
@@ -106,7 +106,7 @@ def verdict_rows(lines: Iterable[str]) -> dict[str, dict[str, int]]:
 def run(count: int, seed: int) -> list[str]:
     """Bring the faults about, one server after the other; the verdicts as lines."""
     sys.path.insert(0, str(HARNESS))
-    from harness import verdicts
+    from tests.support.faults.harness import verdicts
 
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument(
-        "--verdicts", type=Path, nargs="*", help="what tests/faults/server.py printed earlier"
+        "--verdicts", type=Path, nargs="*", help="what tests/support/faults/server.py printed earlier"
     )
     parser.add_argument("--charges", type=int, default=500)
     parser.add_argument("--write", type=Path, help="the name of the .md and .json, without its ending")

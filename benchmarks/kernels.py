@@ -122,7 +122,7 @@ def layer_cases(layer: str, dtype: str, positions: int, rounds: int) -> list[Tim
 def noise_case(count: int, rounds: int) -> Timed:
     """Noise on a parameter of `count` elements."""
     from dpopt.mechanisms.gaussian import add_normal as plain_noise
-    from dpopt.philox import add_normal
+    from dpopt.randomness.philox import add_normal
 
     values = torch.zeros(count, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from clipping import ClippedSum
-from dpopt.cryptographic import CipherKey
 from dpopt.mechanisms import GaussianMechanism, WholeSum, gridded, release_whole
-from dpopt.mechanisms.ziggurat import whole_normals
+from dpopt.randomness.cipher import CipherKey
+from dpopt.randomness.ziggurat import whole_normals
 
 GPT2_SMALL = 124_439_808
 KEY = CipherKey(bytes(32))

@@ -268,8 +268,6 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import opacus_stand_ins
-
-    opacus_stand_ins.install()  # whose classes can be pickled, other than those of __main__
+    install()  # whose classes can be pickled, other than those of __main__
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a reader walks through one step: files entered and moves between them, Opacus' step beside ours.
 
-python -m benchmarks.path [--files] [--write NAME.json] [--against NAME.json]
+python -m benchmarks.path [--files] [--time] [--write NAME.json] [--against NAME.json]
 
 Counts what Python's tracer sees of one step after warm-up: a file is entered where a function of it is called, and a move is
 a call in another file of the project than the call before. Time plays no part, so the counts are the same on every machine.
-`--write` keeps them, and `--against` prints those of an earlier file first.
+On draws 1, 2, 4, 8, ... of a run the batch is followed through the loop, operation by operation: that step is shown apart.
+`--write` keeps them, and `--against` prints those of an earlier file first. `--time` adds the process time of a step, in
+rounds that take turns; waiting for the disk, which each charge does, is no part of it.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import statistics
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +37,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpopt import PrivacyEngine
 
-RECORDS, BATCH, WARM_UP = 640, 32, 3
+RECORDS, BATCH = 640, 32
+ORDINARY, FOLLOWED = 3, 4
+"""Which steps of a run are traced."""
 OURS = ("accountants", "clipping", "dpopt")
 
 Phases = Mapping[str, Callable[[], object]]
@@ -102,7 +109,7 @@ def task() -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> Phases:
     """One turn of an ordinary loop, part by part."""
-    batches, kept = iter(loader), {}
+    batches, kept = itertools.chain.from_iterable(itertools.repeat(loader)), {}
 
     def batch() -> None:
         kept["inputs"], kept["labels"] = next(batches)
@@ -148,15 +155,40 @@ def opacus() -> Iterator[Phases]:
 def measured() -> dict[str, Walk]:
     """One step of each, after warm-up."""
     found = {}
-    for name, made, packages in (("dpopt", ours, OURS), ("Opacus", opacus, ("opacus",))):
+    for name, made, packages, number in (
+        ("dpopt", ours, OURS, ORDINARY),
+        ("dpopt, a followed step", ours, OURS, FOLLOWED),
+        ("Opacus", opacus, ("opacus",), ORDINARY),
+    ):
         if not all(find_spec(package) for package in packages):
             continue
         with made() as phases:
-            for _ in range(WARM_UP):
+            for _ in range(number - 1):
                 for work in phases.values():
                     work()
             found[name] = walked(phases, packages)
     return found
+
+
+@contextmanager
+def plain() -> Iterator[Phases]:
+    """The same loop without privacy."""
+    yield loop(*task())
+
+
+def timed(steps: range = range(32, 63), rounds: int = 10) -> dict[str, float]:
+    """Milliseconds of process time that one of `steps` takes, none of them followed or probed, in rounds that take turns."""
+    ways = {"non-private": plain, "dpopt": ours} | ({"Opacus": opacus} if find_spec("opacus") else {})
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for name, made in list(ways.items()) * rounds:
+        with made() as phases:
+            for number in range(steps.stop):
+                if number == steps.start:
+                    begun = time.process_time()
+                for work in phases.values():
+                    work()
+            found[name].append((time.process_time() - begun) / len(steps) * 1000)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def table(walks: Mapping[str, Walk]) -> str:
@@ -178,6 +210,7 @@ def main(words: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--files", action="store_true", help="list the files too, in the order of entering")
+    parser.add_argument("--time", action="store_true", help="the process time of a step too")
     parser.add_argument("--write", type=Path, help="keep the counts in this file")
     parser.add_argument("--against", type=Path, help="print the counts of this file first")
     options = parser.parse_args(words)
@@ -187,6 +220,8 @@ def main(words: list[str] | None = None) -> None:
     before = {} if options.against is None else json.loads(options.against.read_text())
     earlier = {f"{name}, before": Walk(**walk) for name, walk in before.items()}
     print(table(earlier | walks))
+    for name, value in timed().items() if options.time else ():
+        print(f"{name}: {value:.2f} ms of process time a step")
     for name, walk in walks.items() if options.files else ():
         calls = walk.of()
         print(f"\n{name}")

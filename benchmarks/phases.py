@@ -23,12 +23,12 @@ from clipping import FlatClipper
 from dpopt import GaussianMechanism
 
 INSIDE = (
-    ("capture (rules)", "clipping.tape", "Tape", "_deliver"),
-    ("norms", "clipping.engines", None, "settled"),
-    ("norms", "clipping.engines", None, "sq_norm"),
-    ("weighted sums", "clipping.engines", "Sums", "add"),
+    ("capture (rules)", "clipping.recording.tape", "Tape", "_deliver"),
+    ("norms", "clipping.collectors.one_pass", None, "settled"),
+    ("norms", "clipping.collectors.one_pass", None, "sq_norm"),
+    ("weighted sums", "clipping.collectors.one_pass", "Sums", "add"),
     ("noise", "dpopt.mechanisms.gaussian", "GaussianMechanism", "release"),
-    ("ledger", "accountants.ledger", "Ledger", "charge"),
+    ("ledger", "accountants.ledger.ledger", "Ledger", "charge"),
 )
 """(phase, module, class or None, function)."""
 

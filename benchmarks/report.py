@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     "torch",
     "transformers",
@@ -53,7 +53,7 @@ def today() -> str:
 
 
 def default_path(prefix: str = "") -> Path:
-    """benchmarks/[prefix_]<processor>_<date>.md."""
+    """benchmarks/results/[prefix_]<processor>_<date>.md."""
     return FOLDER / f"{prefix + '_' if prefix else ''}{slug(processor())}_{today()}.md"
 
 

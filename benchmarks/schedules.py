@@ -32,7 +32,7 @@ _KNOWN = (
     (10, 0.1, 100_000, 1e-5), (10, 1e-5, 100_000, 1e-9), (0.3, 0.01, 1000, 1e-5), (0.1, 0.001, 100, 1e-5),
     (1, 0.01, 1_000_000, 1e-6), (20, 0.01, 1_000_000, 1e-6), (1, 0.01, 1000, 1e-14), (0.5, 1, 1000, 1e-5),
 )
-"""The table of known values in tests/accountants/reference.py, in its order."""
+"""The table of known values in tests/support/accountants/reference.py, in its order."""
 _CORNERS = (
     (0.3, 1, 1, 1e-5), (0.5, 1e-5, 1, 1e-12), (1, 1, 1, 1e-12), (5, 0.01, 1, 1e-8), (10, 1, 1000, 1e-12),
     (50, 1, 100_000, 1e-8), (0.3, 0.99, 100, 1e-12), (50, 1e-5, 100_000, 1e-12),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentially private training for PyTorch: clipped, charged, noised, and only then written."""
 
-import dpopt.own_packages  # noqa: F401 - asks first: what follows would fail obscurely
+import dpopt.guards.own_packages  # noqa: F401 - asks first: what follows would fail obscurely
 
 # isort: split
 from accountants import BudgetExhausted
@@ -21,9 +21,19 @@ from clipping import (
     per_parameter,
     rule,
 )
-from dpopt.budget import Budget
+from dpopt.budget.budget import Budget
+from dpopt.budget.filtered import AdaptiveBudget
+from dpopt.compatibility.poisson_loader import DPDataLoader
+from dpopt.compatibility.schedulers import (
+    ExponentialGradClip,
+    ExponentialNoise,
+    LambdaGradClip,
+    LambdaNoise,
+    StepGradClip,
+    StepNoise,
+)
+from dpopt.compatibility.validators import ModuleValidator
 from dpopt.engine import PrivacyEngine
-from dpopt.epochs import BallsInBins, CyclicSampling, ShuffledSampling
 from dpopt.estimators import (
     Centred,
     Clip21,
@@ -34,25 +44,17 @@ from dpopt.estimators import (
     Slack,
     TwoThreshold,
 )
-from dpopt.filtered import AdaptiveBudget
+from dpopt.guards.open_runs import detach
 from dpopt.loader import BatchMemoryManager
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism, GroupGaussianMechanism
-from dpopt.open_runs import detach
 from dpopt.optimizers import AdamBC, Averaged, noise_std_of
-from dpopt.poisson_loader import DPDataLoader
-from dpopt.sampling import Batch, FixedSizeSampling, PoissonSampling, TruncatedPoissonSampling, poisson
-from dpopt.schedulers import (
-    ExponentialGradClip,
-    ExponentialNoise,
-    LambdaGradClip,
-    LambdaNoise,
-    StepGradClip,
-    StepNoise,
-)
+from dpopt.sampling.epochs import BallsInBins, CyclicSampling, ShuffledSampling
+from dpopt.sampling.fixed_size import FixedSizeSampling
+from dpopt.sampling.poisson import PoissonSampling, TruncatedPoissonSampling, poisson
+from dpopt.sampling.sampler import Batch
+from dpopt.sampling.users import Users, UserSampling
 from dpopt.training import PrivateTraining
-from dpopt.users import Users, UserSampling
-from dpopt.validators import ModuleValidator
 
 __all__ = [
     "AdamBC",

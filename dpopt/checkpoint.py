@@ -23,14 +23,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from accountants import Ledger
-from dpopt.durable import written_file
-from dpopt.estimators.adaptive import Level, Quantile, Slack
+from dpopt.atomic_files import written_file
+from dpopt.compatibility.opacus_weights import charge_history, for_module
+from dpopt.compatibility.schedulers import Scheduler
 from dpopt.estimators.centred import Centred
+from dpopt.estimators.clip_norm_tracking import Level
 from dpopt.estimators.estimator import Estimator
-from dpopt.estimators.scheduled import Scheduled
-from dpopt.estimators.thresholds import TwoThreshold
-from dpopt.opacus_weights import charge_history, for_module
-from dpopt.schedulers import Scheduler
+from dpopt.estimators.quantile import Quantile
+from dpopt.estimators.schedule import Scheduled
+from dpopt.estimators.slack import Slack
+from dpopt.estimators.two_threshold import TwoThreshold
 from dpopt.training import PrivateTraining
 
 OURS = "dpopt"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +26,33 @@ from accountants import accountant as find_accountant
 from accountants.relations import check_relation
 from clipping.loss_checks import LossChecks, LossReport
 from dpopt import checkpoint
-from dpopt.adaptive_clipping import AdaptiveClipping
-from dpopt.arguments import (
-    ScalerMark,
-    check_optimizer,
+from dpopt.budget.budget import Budget
+from dpopt.budget.calibrated_noise import Standing
+from dpopt.budget.declaration import accountant_of
+from dpopt.budget.ledger_files import SharedLedger
+from dpopt.compatibility.adaptive_clipping import AdaptiveClipping
+from dpopt.compatibility.opacus_accountants import LedgerAccountant, check_orders, refuse_gdp
+from dpopt.compatibility.opacus_arguments import (
     check_switches,
     criterion_of,
     refusing_token_labels,
 )
-from dpopt.attached import Attached
-from dpopt.budget import Budget
-from dpopt.calibrated import Standing
-from dpopt.closures import check_steps
-from dpopt.configuration import accountant_of
-from dpopt.estimators.estimator import Plain
-from dpopt.ledgers import SharedLedger
+from dpopt.compatibility.opacus_weights import accept_prefix
+from dpopt.compatibility.optimizer_steps import OptimizerStep, ScalerMark, check_optimizer, check_steps
+from dpopt.compatibility.poisson_loader import check_records
+from dpopt.compatibility.private_optimizer import Attached
+from dpopt.compatibility.run_request import Request
+from dpopt.compatibility.schedulers import Scheduler
+from dpopt.compatibility.validators import ModuleValidator
+from dpopt.estimators.plain import Plain
+from dpopt.guards.open_runs import OpenRun, refuse_open
 from dpopt.loader import private_loader
 from dpopt.mechanisms import GaussianMechanism
-from dpopt.opacus_accountants import LedgerAccountant, check_orders, refuse_gdp
-from dpopt.opacus_weights import accept_prefix
-from dpopt.open_runs import OpenRun, refuse_open
-from dpopt.optimizer_steps import OptimizerStep
-from dpopt.poisson_loader import check_records
-from dpopt.request import Request
-from dpopt.samplers import population, require_sized
-from dpopt.schedulers import Scheduler
+from dpopt.sampling.registry import population, require_sized
 from dpopt.training import PrivateTraining
-from dpopt.validators import ModuleValidator
+
+if TYPE_CHECKING:
+    from dpopt.audit import Canaries, Evidence
 
 
 class PrivacyEngine:
@@ -60,8 +60,8 @@ class PrivacyEngine:
 
     `accountant` is one of `accountants`' names (default: that of the ledger's last run, else "pld"). `ledger` is where charges are kept (default: a new file under
     `privacy-ledgers/`, printed); another configuration than its last run had is refused without
-    `new_configuration`. `secure_mode` draws batches and noise exactly, from a cipher (`dpopt.tiers`).
-    `sampler` is one of `dpopt.samplers`: "balls-in-bins" and "shuffled" go through the records once an epoch, and
+    `new_configuration`. `secure_mode` draws batches and noise exactly, from a cipher (`dpopt.release.randomness_tiers`).
+    `sampler` is one of `dpopt.sampling.registry`: "balls-in-bins" and "shuffled" go through the records once an epoch, and
     are priced as that; "shuffled" has a price under the `relation` "zero-out-one" or "replace-one" only.
     `insecure_seed` makes runs reproducible and *not private*.
 
@@ -132,6 +132,7 @@ class PrivacyEngine:
         max_clipbound: float | None = None,
         min_clipbound: float | None = None,
         unclipped_num_std: float | None = None,
+        audit: Canaries | None = None,
     ) -> tuple[Any, ...]:
         """Return (module, optimizer, loader), the first two as given; in ghost mode (module, optimizer, criterion, loader).
 
@@ -142,7 +143,7 @@ class PrivacyEngine:
         Args:
             module: the model; it is returned as it is, with hooks on it until `detach()`.
             optimizer: over parameters of the model. While the run is open it has what scripts for Opacus read,
-                `noise_multiplier`, `max_grad_norm`, `expected_batch_size` (read only) and more: `dpopt.attached`.
+                `noise_multiplier`, `max_grad_norm`, `expected_batch_size` (read only) and more: `dpopt.compatibility.private_optimizer`.
             criterion: asked whether it keeps examples apart and reduces as `loss_reduction` says; returned in ghost
                 mode, as given.
             data_loader: over a dataset with a length; a private one, or a Poisson one of Opacus, is drawn from anew.
@@ -153,7 +154,7 @@ class PrivacyEngine:
             poisson_sampling: True; another sampler is named, and priced, by the engine.
             clipping: one of `dpopt.estimators.ESTIMATORS`: a way to clip ("flat", "automatic", "per_layer", ...) or another
                 estimator, with numbers where wanted: "quantile", "two_threshold:rest=4". "adaptive" is "quantile" with
-                Opacus' keywords: `dpopt.adaptive_clipping`. Its guarantee is printed.
+                Opacus' keywords: `dpopt.compatibility.adaptive_clipping`. Its guarantee is printed.
             noise_generator: None; a seed would undo the noise.
             grad_sample_mode: "hooks", "functorch", "ew" or "ghost": one engine serves all.
             wrap_model: False returns a handle whose `cleanup()` ends the run in the module's place, as in Opacus.
@@ -164,6 +165,7 @@ class PrivacyEngine:
             max_clipbound: with "adaptive", what it stays below.
             min_clipbound: with "adaptive", what it stays above.
             unclipped_num_std: with "adaptive", the standard deviation of the noise in the count of norms below.
+            audit: canaries, `dpopt.audit.Canaries(1000)`: `engine.evidence` is what the run leaked of them.
 
         Raises:
             ValueError: an argument that would weaken the guarantee, or that cannot be what was meant.
@@ -181,6 +183,7 @@ class PrivacyEngine:
             module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
             clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
             mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
+            audit=audit,
         )  # fmt: skip
         request.check()
         return self._made(request, noise_multiplier, None)
@@ -213,6 +216,7 @@ class PrivacyEngine:
         alphas: Sequence[float] | None = None,
         epsilon_tolerance: float | None = None,
         allow_large_delta: bool = False,
+        audit: Canaries | None = None,
     ) -> tuple[Any, ...]:
         """`make_private` with the least noise that keeps `epochs` epochs within (target_epsilon, target_delta).
 
@@ -227,6 +231,7 @@ class PrivacyEngine:
         - alphas: orders of Renyi divergences, for scripts that pass them; all orders are tried anyway.
         - epsilon_tolerance: how much of the target these epochs may leave (default: what 0.5 % of the noise is worth).
         - allow_large_delta: take a delta within which publishing a record counts as private.
+        - audit: as in `make_private`.
 
         Raises:
             ValueError: as `make_private`, and for a target that needs no noise or that no noise meets.
@@ -244,6 +249,7 @@ class PrivacyEngine:
             module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
             clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
             mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
+            audit=audit,
         )  # fmt: skip
         request.check()
         budget = Budget(target_epsilon, target_delta, allow_large_delta)
@@ -319,6 +325,11 @@ class PrivacyEngine:
             )
         return self._training
 
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What the newest run leaked of its canaries, where it was audited, once it has ended: `detach()` first."""
+        return self.training.evidence
+
     def save_checkpoint(
         self,
         *,
@@ -337,7 +348,7 @@ class PrivacyEngine:
             path: a file, written whole or not at all, or an object with `write`.
             module: whose `state_dict()` is saved.
             optimizer: whose `state_dict()` is saved.
-            noise_scheduler: one of `dpopt.schedulers`.
+            noise_scheduler: one of the schedulers in `dpopt`.
             grad_clip_scheduler: another.
             checkpoint_dict: more to save, of tensors, numbers, texts, lists and dicts; read without running code.
             module_state_dict_kwargs: arguments of `module.state_dict`.
@@ -498,6 +509,7 @@ class PrivacyEngine:
             insecure_seed=self._insecure_seed,
             # A program that makes two runs of one engine has said what each of them is.
             new_configuration=self._new_configuration or self._training is not None,
+            audit=request.audit,
         )
         try:
             training.__enter__()

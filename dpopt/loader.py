@@ -108,7 +108,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 if step.checks is not None:
                     step.checks.hand_out(batch, part.size, first=part.first)
             yield batch
-            if part.last and step.num_drawn is not None:
+            if part.last and step.admission.num_drawn is not None:
                 raise RuntimeError(
                     "expected step() of the private optimizer on every drawn batch; got the next request before it; two draws "
                     "in one step are not one Poisson draw, and skipping a step because of what was drawn would itself tell about the "
@@ -162,7 +162,7 @@ def private_loader(
     """`loader` with its batches replaced by Poisson draws; collate function and workers stay as they are."""
     num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     return PrivateDataLoader(
-        loader.dataset,
+        training.joined(loader.dataset),  # pyright: ignore[reportArgumentType]
         batch_sampler=PoissonBatches(training, num_records, _epoch(training, loader), largest),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,

@@ -6,6 +6,8 @@ Shapes: B examples, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,3 +42,14 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     flat = logits[:, :-1].to(dtype).reshape(-1, logits.shape[-1])
     losses = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
     return losses.view(targets.shape)
+
+
+def one_loss(losses: Sequence[Tensor]) -> Tensor:
+    """(B,): the sum of losses of the same B examples."""
+    shapes = [tuple(x.shape) for x in losses]
+    if not losses or any(len(shape) != 1 or shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"losses must be one number per example, shape (B,); got {', '.join(map(str, shapes))}; pass "
+            'reduction="none" and average over each example\'s own positions only'
+        )
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum(0)

@@ -15,17 +15,15 @@ from torch.nn import RNN as DPRNN
 from torch.nn import MultiheadAttention as DPMultiheadAttention
 
 from clipping import MixesExamples as UnsupportedModuleError
-from dpopt.engine import PrivacyEngine
-from dpopt.loader import BatchMemoryManager
-from dpopt.opacus_accountants import (
+from dpopt.compatibility.opacus_accountants import (
     GaussianAccountant,
     PRVAccountant,
     RDPAccountant,
     create_accountant,
     get_noise_multiplier,
 )
-from dpopt.poisson_loader import DPDataLoader, UniformWithReplacementSampler
-from dpopt.schedulers import (
+from dpopt.compatibility.poisson_loader import DPDataLoader, UniformWithReplacementSampler
+from dpopt.compatibility.schedulers import (
     ExponentialGradClip,
     ExponentialNoise,
     LambdaGradClip,
@@ -33,7 +31,9 @@ from dpopt.schedulers import (
     StepGradClip,
     StepNoise,
 )
-from dpopt.validators import ModuleValidator
+from dpopt.compatibility.validators import ModuleValidator
+from dpopt.engine import PrivacyEngine
+from dpopt.loader import BatchMemoryManager
 
 __all__ = [
     "DPGRU",

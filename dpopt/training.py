@@ -8,35 +8,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from accountants import ADD_REMOVE, Bound, Event, Ledger, accountant
 from clipping import Clipper, Costs, examine, explained, measured
-from clipping.costs import DEFAULT
+from clipping.gradients.path_costs import DEFAULT
 from clipping.loss_checks import LossChecks, LossReport
-from dpopt import unchanged
-from dpopt.account import Account
-from dpopt.arguments import model_inputs, one_loss, only_estimator
-from dpopt.budget import Budget, require_small_delta
-from dpopt.configuration import accountant_of, configuration
-from dpopt.differences import add_difference
+from clipping.step.step_sum import StepSum
+from clipping.step.two_points import add_difference
+from clipping.validators.examine import model_inputs
+from dpopt.budget.account import Account
+from dpopt.budget.budget import Budget, require_small_delta
+from dpopt.budget.declaration import accountant_of, configuration
+from dpopt.budget.filtered import AdaptiveBudget, FilteredPayments
+from dpopt.budget.ledger_files import SharedLedger
+from dpopt.budget.payments import Draw, Payments, require_variable
+from dpopt.budget.prices import Priced, Prices, prices, require_priced
 from dpopt.estimators.estimator import Estimator
-from dpopt.estimators.prices import Prices, prices, require_priced
-from dpopt.estimators.releases import mechanism_of, release, scaled
-from dpopt.filtered import AdaptiveBudget, FilteredPayments
-from dpopt.gradients import times, write_gradients
-from dpopt.ledgers import SharedLedger
+from dpopt.estimators.plain import only_estimator
+from dpopt.estimators.step_mechanism import mechanism_of, scaled
+from dpopt.guards.model_watch import Watch, refuse_distributed, require_open
+from dpopt.guards.open_runs import refuse_open
+from dpopt.losses import one_loss
 from dpopt.mechanisms import GaussianMechanism, Mechanism
-from dpopt.open_runs import refuse_open
-from dpopt.payments import Payments, require_variable
-from dpopt.rounds import Draw
-from dpopt.samplers import population
-from dpopt.sampling import Batch, Records, Sampling
-from dpopt.step import StepSum
-from dpopt.tiers import Tier, fresh_tier
-from dpopt.users import require_users, unit_of
-from dpopt.watch import Watch
+from dpopt.release.randomness_tiers import Tier, fresh_tier
+from dpopt.release.release import release
+from dpopt.release.write_gradients import times, write_gradients
+from dpopt.sampling.registry import population
+from dpopt.sampling.sampler import Batch, Records, Sampling
+from dpopt.sampling.users import require_users, unit_of
+
+if TYPE_CHECKING:
+    from dpopt.audit import Canaries, Evidence
+    from dpopt.audit.audited import Audited
 
 
 class PrivateTraining:
@@ -48,7 +54,7 @@ class PrivateTraining:
     A run that continues a ledger is refused under another configuration than that of the last, unless
     `new_configuration` says that it is meant. `accountant_name` is one of `accountants.registry` (default: that of the
     ledger's last run, else "pld").
-    `randomness` is "fast" or "secure" (`dpopt.tiers`); `insecure_seed` makes a run repeatable and *not private*.
+    `randomness` is "fast" or "secure" (`dpopt.release.randomness_tiers`); `insecure_seed` makes a run repeatable and *not private*.
     `example_inputs` (at least 2 examples, as the model takes them) let the numerical probe run at construction;
     without them it runs on batches 1, 2, 10, 100, ... only. It sees gradients between examples, not a loss divided
     by a number that depends on the batch, such as its token count. `mean_losses` is for callers that send back the
@@ -56,7 +62,9 @@ class PrivateTraining:
     expected batch size. `two_pass` runs two backwards on each loss and holds no
     layer's gradients: for checkpointed models, where one flat backward would hold every layer again; elsewhere it
     saves nothing. It takes half a step to a step more. `costs` decide how each layer's norm and sum are computed
-    (default: measured once on the model's device); `explain()` tells what was chosen.
+    (default: measured once on the model's device); `explain()` tells what was chosen. `audit` are canaries, made-up
+    records that are drawn, clipped, noised and paid for like the others: `sampling` is then that of a longer data set, and
+    `evidence` is what the run leaked of them, once it has ended (`dpopt.audit`).
 
         with PrivateTraining(model, clipper=FlatClipper(1.0), mechanism=GaussianMechanism(0.8),
                              sampling=poisson(num_records=len(data), batch_size=256)) as private:
@@ -97,8 +105,10 @@ class PrivateTraining:
         randomness: str = "fast",
         insecure_seed: int | None = None,
         new_configuration: bool = False,
+        audit: Canaries | None = None,
     ) -> None:
-        unchanged.refuse_distributed()
+        refuse_distributed()
+        sampling = sampling if audit is None else audit.widened(sampling)
         if budget is not None:
             require_small_delta(budget, population(sampling))
         examine(model, model_inputs(example_inputs, model), batch_dim=batch_dim)
@@ -131,12 +141,17 @@ class PrivateTraining:
             costs=costs,
         )
         self._begun: int | None = None
+        self._priced: Priced | None = None
+        self._payments: Payments | FilteredPayments | None = None
         self._drawn_by = sampling
         self._randomness = randomness
         self._tier = self._new_tier()
         self._factor = sampling.expected_batch_size if sum_gradients else 1.0
         self._check_mechanism()
         scaled(mechanism_of(self.estimator, mechanism, 0), math.sqrt(self._stage.rounds))
+        self._audit = (
+            None if audit is None else _audited(audit, sampling, self.estimator, mechanism, self.sum)
+        )
         self.accountant.curve(self.event)  # refuses what has no price under this relation
         self.noise_stds: dict[str, float] = {}
         """The standard deviation of the noise in each `.grad` of the last release; empty where it is of several."""
@@ -155,14 +170,18 @@ class PrivateTraining:
             self._tier = self._new_tier()
             self._dataset = None
             self.estimator = self.estimator.fresh()  # what is hidden was priced for one run
+        told = None if self._audit is None else self._audit.toss(self._tier.key)
         ledger = self._account.open(self._prices.at(0))
         try:
-            self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
+            config = self._configuration() | ({} if told is None else {"audit": told})
+            self._account.begin(ledger, config, self._prices, self.sampling.steps_per_charge)
+            if self._audit is not None:
+                self._audit.begin(self._account.path, ledger.num_charges)
             self._watch.attach(partial(self.__exit__, None, None, None))
         except BaseException:
             self._account.give_up(ledger)
             raise
-        self._open = True
+        self._open, self._payments = True, self._account.payments
         self._account.tell()
         return self
 
@@ -174,6 +193,8 @@ class PrivateTraining:
             self.sum.checks.detach()
         self.sum.end()
         self._account.close()
+        if self._audit is not None:
+            self._audit.close(self._account.path)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrivateTraining:
         """The run itself, for copies of what holds it: a ledger has one writer."""
@@ -197,16 +218,23 @@ class PrivateTraining:
     @property
     def payments(self) -> Payments | FilteredPayments:
         """The rounds of this run, and what was paid for them."""
-        return self._account.payments
+        return self._account.payments if self._payments is None else self._payments
 
     @property
     def event(self) -> Event:
         """What the next charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
-        return self._prices.at(self.payments.number(self._begun) if self._account.was_open else 0)
+        known = self._prices
+        if self._priced is not None and self._priced.every is not None:
+            return self._priced.every
+        return known.at(0 if self._payments is None else self._payments.number(self._begun))
 
     @property
     def _prices(self) -> Prices:
-        return prices(self.estimator, self.sampling, self.mechanism)
+        """What the charges cost, from the parts that run now: asked again where one was exchanged, or can change."""
+        parts = (self.estimator, self.sampling, self.mechanism)
+        if self._priced is None or any(a is not b for a, b in zip(parts, self._priced.parts, strict=True)):
+            self._priced = Priced.of(*parts)
+        return self._priced.prices if self._priced.fixed else prices(*parts)
 
     def bound(self, delta: float) -> Bound:
         """Upper bound on epsilon of everything on the ledger so far, with its method and assumptions."""
@@ -223,20 +251,24 @@ class PrivateTraining:
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
-        unchanged.require_open(self._open)
+        if not self._open:
+            require_open(self._open)
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
-        return Draw(self._tier.draw(self.sampling, num_records, *rounds.place(number)), number)
+        more = 0 if self._audit is None else self._audit.num_places
+        drawn = self._tier.draw(self.sampling, num_records + more, *rounds.place(number))
+        return Draw(drawn if self._audit is None else self._audit.part(number, drawn, num_records), number)
 
     def begin(self, number: int, num_drawn: int, records: Sequence[int] | None = None) -> None:
         """Open the step of draw `number`, which holds `num_drawn` examples; a draw passed over is not released.
 
         `records` are its indices, for estimators that remember each record.
         """
-        self.payments.rounds.require_open(number)
-        every = self.sampling.steps_per_charge > 1
-        stage = self.estimator.stage(self.steps if every else self.payments.number(number))
+        payments = self.payments
+        payments.rounds.require_open(number)
+        charge = payments.number(number)
+        stage = self.estimator.stage(self.steps if payments.rounds.length > 1 else charge)
         self.sum.begin(
             num_drawn,
             stage.contribution,
@@ -245,6 +277,8 @@ class PrivateTraining:
             two_points=stage.previous is not None,
         )
         self._begun, self._stage = number, stage
+        if self._audit is not None:
+            self._audit.start(number)
 
     def batches(
         self, dataset: Records[object] | Sequence[object], *, steps: int | None = None
@@ -252,11 +286,16 @@ class PrivateTraining:
         """Draw `steps` batches of `dataset` (default: all that the budget affords); release each before the next."""
         require_users(self.sampling, dataset)
         self._require_places(dataset)
+        items = self.joined(dataset)
         for _ in range(self.payments.settled(steps, self.steps)):
             draw = self.draw(len(dataset))
             self.begin(draw.number, len(draw.indices), draw.indices)
-            yield Batch(tuple(dataset[i] for i in draw.indices), tuple(draw.indices))
+            yield Batch(tuple(items[i] for i in draw.indices), tuple(draw.indices))
             self.sum.admission.require_ended()
+
+    def joined(self, dataset: Records[object]) -> Records[object]:
+        """The data set, with the items of input canaries behind it where the run is audited with such."""
+        return dataset if self._audit is None else self._audit.joined(dataset)
 
     def _require_places(self, dataset: Sized) -> None:
         known = self._stage.contribution.num_records
@@ -349,7 +388,7 @@ class PrivateTraining:
                 criterion(model(public_inputs), public_labels).backward()
                 optimizer.step()
         """
-        unchanged.require_open(self._open)
+        require_open(self._open)
         self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
         with self._watch.public_examples():
             yield
@@ -366,7 +405,7 @@ class PrivateTraining:
             step.tape,
             mean=step.sums.mean,
             whole=getattr(self.sampling, "sampling_rate", 0) == 1,
-            ready=lambda: step.num_drawn is not None and step.probing.chosen is None,
+            ready=step.expects_losses,
         ).attach()
 
     def explain(self) -> str:
@@ -384,18 +423,23 @@ class PrivateTraining:
         stays paid for and nothing was released.
         """
         draw = self._check_release()
-        mechanism = mechanism_of(self.estimator, self.mechanism, self.payments.number(draw))
+        mechanism = self.mechanism
+        if self.estimator.allocation is not None or self.estimator.factors is not None:
+            mechanism = mechanism_of(self.estimator, mechanism, self.payments.number(draw))
         record = self.payments.pay(draw, self.steps + 1)
         self.steps += 1
         self.payments.rounds.close(draw)
         try:
             # The record's own number is the domain: whatever is tried again pays again, and gets other noise.
-            size = self.sampling.expected_batch_size
-            released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
-            write_gradients(self.sum.parameters, times(released.gradient, self._factor))
+            size, audit = self.sampling.expected_batch_size, self._audit
+            seen = None if audit is None else audit.join()
+            released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size, seen)
+            if audit is not None:
+                audit.end_step()
+            parameters = self.sum.tape.parameters
+            write_gradients(parameters, times(released.gradient, self._factor))
             told = released.stds if self._stage.direct else {}
-            names = self.sum.parameters
-            self.noise_stds = {name: std * self._factor for name, std in told.items() if name in names}
+            self.noise_stds = {name: std * self._factor for name, std in told.items() if name in parameters}
         finally:
             self.sum.end()
 
@@ -424,6 +468,21 @@ class PrivateTraining:
         if estimator is not None:
             self.estimator = estimator.fresh()
 
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What an audited run leaked of its canaries, the most direct first; once it has ended.
+
+        Raises:
+            RuntimeError: the run is open, has released nothing, or has no audit.
+        """
+        found = None if self._audit is None or self._open else self._audit.evidence
+        if found is None:
+            raise RuntimeError(
+                "expected an audited run that has ended; got one that is open, released nothing or has no audit, whose coins "
+                "are not opened; pass audit=Canaries(1000), and ask after the `with` statement"
+            )
+        return found
+
     def note_buffers(self) -> None:
         """Take the model's buffers as they are for public, when a public checkpoint was loaded: they may differ."""
         self._watch.note_buffers()
@@ -449,7 +508,7 @@ class PrivateTraining:
         self._tier.check(mechanism_of(self.estimator, self.mechanism, 0), self.sampling, bounds, sizes)
 
     def _check_release(self) -> int:
-        if self.sum.num_drawn is None or self._begun is None:
+        if self.sum.admission.num_drawn is None or self._begun is None:
             raise RuntimeError(
                 "expected a batch drawn since the last release; got none; take one from batches(...) first"
             )
@@ -475,3 +534,13 @@ class PrivateTraining:
             accountant=self.accountant.name, randomness=self._randomness, assumptions=self._tier.assumptions,
             budget=self._account.budget, insecure_seed=self.insecure_seed,
         )  # fmt: skip
+
+
+def _audited(
+    canaries: Canaries, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
+) -> Audited:
+    from dpopt.audit.audited import (
+        Audited,  # with it come bounds and their statistics, which other runs do not need
+    )
+
+    return Audited(canaries, sampling, estimator, mechanism, step)

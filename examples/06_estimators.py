@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from accountants import accountant
 from dpopt import Budget, GaussianMechanism, PrivateTraining, poisson
+from dpopt.budget.budget import noise_within
+from dpopt.budget.prices import priced
 from dpopt.estimators import Run, named_estimator
-from dpopt.estimators.prices import priced
-from dpopt.samplers import noise_within
 
 DELTA, CLIP_NORM, WIDTH = 1e-5, 0.5, 20
 NAMES = ("flat", "automatic", "quantile", "median", "two_threshold:rest=4,rate=0.05", "dice")

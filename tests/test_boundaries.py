@@ -47,3 +47,29 @@ def test_no_source_imports_what_is_forbidden(package):
 def test_the_check_sees_imports_wherever_they_hide():
     hidden = "def f():\n    import torch.nn as nn\n    from dpopt.step import x\n    importlib.import_module('clipping.tape')"
     assert set(imported(hidden)) == {"torch", "dpopt", "clipping"}
+
+
+FACTORIES = {
+    *("arange", "empty", "eye", "full", "linspace", "normal", "ones", "rand", "randint", "randn", "randperm"),
+    *("tensor", "zeros"),
+}
+
+
+def without_a_device(source):
+    """Lines that make a tensor on whatever device is the user's default, which need not be that of the others."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            made = ast.unparse(node.func.value) == "torch" and node.func.attr in FACTORIES
+            if made and not any(keyword.arg == "device" for keyword in node.keywords):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("package", ["clipping", "dpopt"])
+def test_no_tensor_is_made_on_the_default_device(package):
+    found = {
+        str(path): lines
+        for path in (ROOT / package).rglob("*.py")
+        if (lines := list(without_a_device(path.read_text())))
+    }
+    assert not found
+    assert list(without_a_device("a = torch.zeros(2)\nb = torch.zeros(2, device='cpu')")) == [1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.estimators.tasks import Problem
+from benchmarks.estimators.problem import Problem
 
 FLIPPED, HIDDEN, CLASSES = 0.2, 64, 10
 

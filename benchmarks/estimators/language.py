@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.estimators.tasks import Problem
+from benchmarks.estimators.problem import Problem
 from benchmarks.finetuning import Example, collate, held_out, load
 from benchmarks.utility import encode
 from dpopt import causal_lm_losses

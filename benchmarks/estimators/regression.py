@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from benchmarks.estimators.tasks import Problem
+from benchmarks.estimators.problem import Problem
 
 FEATURES, LENGTH, ALPHA, NUM_TEST = 50, 3.0, 1.5, 5_000
 

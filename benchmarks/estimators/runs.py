@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from accountants import accountant
-from benchmarks.estimators.tasks import TASKS, Places, Plan, Problem
+from benchmarks.estimators.problem import Problem
+from benchmarks.estimators.tasks import TASKS, Places, Plan
 from benchmarks.timing import reason
 from dpopt import Budget, GaussianMechanism, PrivateTraining, poisson
+from dpopt.budget.budget import noise_within
+from dpopt.budget.prices import priced
 from dpopt.estimators import Run, named_estimator
-from dpopt.estimators.prices import priced
-from dpopt.samplers import noise_within
 from dpopt.sampling import Batch, Sampling
 
 ACCOUNTANT, DELTA = "pld", 1e-5

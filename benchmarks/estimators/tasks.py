@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from benchmarks.estimators.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,6 @@ class Plan:
         """Pairs of clip norm and learning rate."""
         pairs = itertools.product(self.clip_norms, self.rates)
         return tuple((c, r / c if self.relative else r) for c, r in pairs)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A task drawn by a seed: `losses` of records by index, shape (B,), and `scores` of the model as it is.
-
-    `lengths`, where given, sort a batch before it is cut into micro-batches.
-    """
-
-    model: nn.Module
-    losses: Callable[[Sequence[int]], Tensor]
-    scores: Callable[[], Mapping[str, float]]
-    lengths: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from clipping.grads import CHUNK_ELEMENTS
 from clipping.kernels.blocks import Blocks, blocks_for, current
+from clipping.rounding.norms import CHUNK_ELEMENTS
 
 PROGRAMS = 256
 """Programs that fill a large device; fewer tiles than that are split over the batch."""

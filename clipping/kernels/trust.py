@@ -120,7 +120,7 @@ def _problems(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for dtype in SERVED:
         for num_examples, num_groups, num_positions, num_out, num_in in _SHAPES:
             left, right = (
-                torch.randn(num_examples, num_groups, num_positions, width, generator=generator)
+                torch.randn(num_examples, num_groups, num_positions, width, generator=generator, device="cpu")
                 for width in (num_out, num_in)
             )
             yield left.to(device, dtype), right.to(device, dtype)

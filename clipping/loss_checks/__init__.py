@@ -15,7 +15,7 @@ What is checked
    example). The factors must be the same in every batch: a divisor that the batch decides is not.
 2. *Provenance*, at draws 1, 2, 4, 8, ...: the batch is followed, operation by operation, from the loader to the inputs of
    the model and to the constants of the graph (weights, labels, masks): each must be made of one example's own rows.
-3. *Outputs*: `dpopt.probing` sends back one example's outputs at draws 1, 2, 10, 100, ...
+3. *Outputs*: `clipping.validators.runtime_probe` sends back one example's outputs at draws 1, 2, 10, 100, ...
 
 What is refused can be given as losses of shape (B,) to `engine.backward(losses)`. There only what was seen to bring
 examples together is refused.

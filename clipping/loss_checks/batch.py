@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from clipping.loss_checks.layout import Layout
-from clipping.loss_checks.state import ONE, Alone, Rows, State
-from clipping.rules.generic import batch_dim_of
+from clipping.loss_checks.operations.layout import Layout
+from clipping.loss_checks.operations.state import ONE, Alone, Rows, State
+from clipping.modules.generic_rule import batch_dim_of
 
 
 def tensors(value: object) -> Iterator[Tensor]:

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from clipping.compiled import untraced
-from clipping.entrance import ENTRANCE
 from clipping.errors import MixesExamples
-from clipping.loss_checks.arithmetic import as_count, scaled
 from clipping.loss_checks.batch import tensors
 from clipping.loss_checks.graph import states
-from clipping.loss_checks.layout import Layout
 from clipping.loss_checks.loss_report import LossReport
+from clipping.loss_checks.operations.arithmetic import as_count, scaled
+from clipping.loss_checks.operations.layout import Layout
+from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.provenance import Provenance
-from clipping.loss_checks.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
 from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
-from clipping.rules.generic import batch_dim_of
-from clipping.tape import Tape
+from clipping.modules.generic_rule import batch_dim_of
+from clipping.recording.before_backward import ENTRANCE
+from clipping.recording.tape import Tape
+from clipping.recording.torch_compile import untraced
 
 _KEPT = 1024
 
@@ -104,7 +104,8 @@ class LossChecks:
             self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
 
     def _stop_following(self) -> None:
-        self._provenance.stop()
+        if self._provenance.entered:
+            self._provenance.stop()
         while len(self._hooks) > 1:
             self._hooks.pop().remove()
 
@@ -188,7 +189,7 @@ class LossChecks:
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
-        if second_order or self._tape.is_paused or self._tape.is_asking or not self._ready():
+        if second_order or self._tape.is_paused or self._tape.attribution.asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
             # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
@@ -221,7 +222,8 @@ class LossChecks:
             found = trail(node, self._tape.batch_dim, self._order)
         except RuntimeError:  # its saved tensors are gone: torch says so in its own words
             return False
-        start = grad.item() if isinstance(grad, Tensor) and grad.numel() == 1 and not away(grad) else grad
+        known = isinstance(grad, Tensor) and grad.numel() == 1 and grad.device.type == "cpu"
+        start = grad.item() if known else grad
         key = (found.steps, start, self._given)
         again = None if self._provenance.on or isinstance(start, Tensor) else self._passed.get(key)
         if again is None or not all([self._holds(found, *what) for what in again]):

@@ -10,13 +10,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from clipping.loss_checks.layout import Shape
-from clipping.loss_checks.state import Facts, Operation, Rows, State, Total, Unproven, attribute_of, ruled
-from clipping.loss_checks.trail import Inner, Kind, Node, Place, Trail, saved
+from clipping.loss_checks.operations.layout import Shape
+from clipping.loss_checks.operations.state import (
+    SAVED,
+    Facts,
+    Operation,
+    Rows,
+    State,
+    Total,
+    Unproven,
+    ruled,
+)
+from clipping.loss_checks.trail import Inner, Kind, Node, Place, Trail
 
 Lookup = Callable[[Tensor, int], State]
 """What was seen of how a constant tensor was made, for a batch of so many examples."""
 
+_HALF, _WHOLE = 1 << 63, 1 << 64
 _BESIDE = ("target", "weight", "mask", "condition", "pos_weight")
 _OPERANDS = ("tensor1", "tensor2", "exponent", "end", "min", "max")
 _UNKNOWN = Unproven("an output of the model without a dimension for the examples", shown=False)
@@ -64,8 +74,9 @@ def _evaluated(
             return [why] * num_outputs
 
     def get(name: str) -> object:
-        kind.asked[attribute_of(name)] = None
-        return saved(node, name)
+        attribute = SAVED + name
+        kind.asked[attribute] = None
+        return _saved(node, attribute)
 
     operation = Operation(kind.name, tuple(inputs), tuple(sizes), (), 0, get)
     return [
@@ -73,6 +84,16 @@ def _evaluated(
         ruled(kind.rule, facts, operation._replace(out=out, which=which)) or _unknown(kind)
         for which, out in enumerate(step.shapes)
     ]
+
+
+def _saved(node: Node, attribute: str) -> object:
+    """What the node saved as `attribute`; None where it did not."""
+    value = getattr(node, attribute, None)
+    if isinstance(value, int) and value >= _HALF:  # negative, as the graph shows it
+        return value - _WHOLE
+    if isinstance(value, tuple) and any(isinstance(x, int) and x >= _HALF for x in value):
+        return tuple(x - _WHOLE if isinstance(x, int) and x >= _HALF else x for x in value)
+    return value
 
 
 def _unknown(kind: Kind) -> Unproven:
@@ -92,7 +113,7 @@ def _traced(
     """Add what was seen of the constants of a node to its inputs; one that mixes examples refuses the node."""
     operands = {"self": 0, "other": 1}
     for attribute in dir(node):
-        name = attribute.removeprefix("_saved_")
+        name = attribute.removeprefix(SAVED)
         if name == attribute:
             continue
         value = getattr(node, attribute)

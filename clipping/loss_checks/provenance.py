@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from clipping.loss_checks.arithmetic import elementwise
 from clipping.loss_checks.batch import handed_out
-from clipping.loss_checks.rules import rule_of
-from clipping.loss_checks.state import Facts, Operation, Rows, State, Unproven, ruled
-from clipping.loss_checks.trial import Call, tried
+from clipping.loss_checks.operations.arithmetic import elementwise
+from clipping.loss_checks.operations.registry import rule_of
+from clipping.loss_checks.operations.state import Facts, Operation, Rows, State, Unproven, ruled
+from clipping.loss_checks.operations.unknown import Call, tried
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -142,12 +142,10 @@ class Provenance(TorchDispatchMode):
         self.listed = False
         """Whether the batch may be a list of examples, or has as many parts as examples."""
         self._inside = 0
-        self._on = self._entered = False
-
-    @property
-    def on(self) -> bool:
+        self.on = False
         """Whether a batch is being followed."""
-        return self._on
+        self.entered = False
+        """Whether torch hands operations over: a little longer, where the loop is in a mode of its own."""
 
     def made(self, value: Tensor, num_examples: int) -> State:
         """How `value` was made; where it is known for another batch than of `num_examples`, only that it is mixed."""
@@ -162,20 +160,20 @@ class Provenance(TorchDispatchMode):
         for tensor, state in handed_out(batch, num_examples, batch_dim):
             self.seen.hand_out(tensor, state)
         self.listed = isinstance(batch, list | tuple) and len(batch) == num_examples
-        self._on, self._inside = True, 0
-        if not self._entered:
+        self.on, self._inside = True, 0
+        if not self.entered:
             self.__enter__()
-            self._entered = True
+            self.entered = True
 
     def stop(self) -> None:
         """Follow nothing; a mode that the loop entered since and did not leave keeps this one below it, idle."""
-        if self._on:
-            self._on = False
+        if self.on:
+            self.on = False
             self.seen.end()
             self.read.clear()
-        if self._entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
+        if self.entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
             self.__exit__(None, None, None)
-            self._entered = False
+            self.entered = False
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -199,7 +197,7 @@ class Provenance(TorchDispatchMode):
     ) -> Any:
         """Run the operation, and note what becomes of it."""
         outputs = func(*args, **(kwargs or {}))
-        if self._on and not self._inside and torch._C._current_graph_task_id() == -1:
+        if self.on and not self._inside and torch._C._current_graph_task_id() == -1:
             with self.inside():
                 self._note(func, args, dict(kwargs or {}), outputs)
         return outputs

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from clipping.loss_checks.layout import Layout
-from clipping.loss_checks.rules import rule_of
-from clipping.loss_checks.state import Rule, attribute_of, away
-from clipping.tap import Tap
+from clipping.loss_checks.operations.layout import Layout
+from clipping.loss_checks.operations.registry import rule_of
+from clipping.loss_checks.operations.state import Rule
+from clipping.recording.tap import Tap
 
 Node = Any
 """A node of torch's graph."""
 
 _MARK = "dpopt: rows"
 _TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
-_HALF, _WHOLE = 1 << 63, 1 << 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,19 +127,9 @@ def _inner(node: Node, edges: Sequence[tuple[Node, int]], numbers: dict[Node, in
 _PLAIN = frozenset((int, float, bool, str))
 
 
-def saved(node: Node, name: str) -> object:
-    """Argument `name` of the operation, as far as the node saved it; None where it did not."""
-    value = getattr(node, attribute_of(name), None)
-    if isinstance(value, int) and value >= _HALF:  # negative, as the graph shows it
-        return value - _WHOLE
-    if isinstance(value, tuple) and any(isinstance(x, int) and x >= _HALF for x in value):
-        return tuple(x - _WHOLE if isinstance(x, int) and x >= _HALF else x for x in value)
-    return value
-
-
 def _readable(value: object) -> Hashable:
     if isinstance(value, Tensor):
-        number = value.numel() == 1 and not away(value)
+        number = value.numel() == 1 and value.device.type == "cpu"
         return value.shape, value.dtype, value.item() if number else None
     if isinstance(value, tuple | list):
         return tuple([None if isinstance(x, Tensor) else x for x in value])
@@ -149,7 +138,7 @@ def _readable(value: object) -> Hashable:
 
 def _tapped(node: Node, batch_dim: int, order: bytes | None) -> tuple[Place, ...]:
     call = node.call
-    owner, dims = id(call.deliver.__self__), call.dims
+    owner, dims = id(call.deliver.__self__.tape), call.dims
     found = []
     for number, metadata in enumerate(node._input_metadata):
         shape = tuple(metadata.shape)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from clipping.errors import MixesExamples
-from clipping.loss_checks.arithmetic import complete
-from clipping.loss_checks.state import Alone, Facts, State, Total, Unproven, away
+from clipping.loss_checks.operations.arithmetic import complete
+from clipping.loss_checks.operations.state import Alone, Facts, State, Total, Unproven, away
 
 REMEDY = (
     "pass the losses of the examples, shape (B,), to engine.backward(losses), each normalised by numbers of its own "

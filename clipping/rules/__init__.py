@@ -3,17 +3,17 @@
 
 from clipping.rules.registry import Entry, Inputs, Rule, WholeRule, rule, rule_for  # isort: skip - the others need it
 from clipping.rules import (  # each registers its layers
-    activation,
     attention,
-    bags,
     bilinear,
     conv,
+    conv_transposed,
     embedding,
-    experts,
+    embedding_bag,
     linear,
+    mixture_of_experts,
     norm,
+    prelu,
     recurrent,
-    transposed,
 )
 
 __all__ = [
@@ -21,17 +21,17 @@ __all__ = [
     "Inputs",
     "Rule",
     "WholeRule",
-    "activation",
     "attention",
-    "bags",
     "bilinear",
     "conv",
+    "conv_transposed",
     "embedding",
-    "experts",
+    "embedding_bag",
     "linear",
+    "mixture_of_experts",
     "norm",
+    "prelu",
     "recurrent",
     "rule",
     "rule_for",
-    "transposed",
 ]

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipping.errors import MixesExamples
-from clipping.grads import Dense, SampleGrads, widen
-from clipping.outer import Outer
+from clipping.gradients.dense import Dense
+from clipping.gradients.outer import Outer
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import widen
 from clipping.rules.registry import Inputs, rule, trainable
 
 

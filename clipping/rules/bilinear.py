@@ -10,8 +10,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from clipping.grads import SampleGrads, widen
-from clipping.outer import Outer
+from clipping.gradients.outer import Outer
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import widen
 from clipping.rules.linear import bias_grads
 from clipping.rules.registry import Inputs, rule, trainable
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from clipping.convolved import Convolved, Geometry
-from clipping.grads import Dense, SampleGrads, widen
+from clipping.gradients.convolved import Convolved, Geometry
+from clipping.gradients.dense import Dense
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import widen
 from clipping.rules.registry import Inputs, batch_first, require_dims, rule, trainable
 
 

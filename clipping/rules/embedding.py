@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clipping.grads import SampleGrads
-from clipping.rows import Rows
+from clipping.gradients.rows import Rows
+from clipping.gradients.sample_grads import SampleGrads
 from clipping.rules.registry import Inputs, rule
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clipping.grads import Dense, SampleGrads, widen
-from clipping.outer import Outer
+from clipping.gradients.dense import Dense
+from clipping.gradients.outer import Outer
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import as_multiplied, widen
 from clipping.rules.registry import Inputs, rule
 
 
@@ -28,7 +30,10 @@ def linear(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGr
     found: dict[str, SampleGrads] = {}
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is not None and weight.requires_grad:
-        found["weight"] = Outer(_positions(grad), _positions(inputs.first), weight.shape)
+        given: Tensor = inputs.args[0] if inputs.args else inputs.first  # pyright: ignore[reportAssignmentType]
+        if given.dtype != grad.dtype:
+            given = as_multiplied(given, grad)
+        found["weight"] = Outer(_positions(grad), _positions(given), weight.shape)
     if bias is not None and bias.requires_grad:
         found["bias"] = bias_grads(grad)
     return found
@@ -40,7 +45,7 @@ def conv1d_transposed(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[st
     found: dict[str, SampleGrads] = {}
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     if weight is not None and weight.requires_grad:
-        found["weight"] = Outer(_positions(inputs.first), _positions(grad), weight.shape)
+        found["weight"] = Outer(_positions(as_multiplied(inputs.first, grad)), _positions(grad), weight.shape)
     if bias is not None and bias.requires_grad:
         found["bias"] = bias_grads(grad)
     return found

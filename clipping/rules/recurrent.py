@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from clipping.grads import SampleGrads, widen
-from clipping.packed import padded
-from clipping.rules.gates import BACKWARD, Cell, Run, collect
+from clipping.gradients.sample_grads import SampleGrads
+from clipping.rounding.norms import widen
+from clipping.rules.packed_sequences import padded
+from clipping.rules.recurrent_gates import BACKWARD, Cell, Run, collect
 from clipping.rules.registry import Inputs, batch_first, rule
 
 State = tuple[Tensor, ...]
@@ -44,7 +45,9 @@ def layer_batch_dims(layer: nn.Module, inputs: Inputs, outputs: Sequence[Tensor]
     """
     assert isinstance(layer, nn.RNNBase)
     given = inputs.named(layer)["input"]
-    packed = isinstance(given, PackedSequence)  # its gradients come as (T, B, P): see clipping.packed
+    packed = isinstance(
+        given, PackedSequence
+    )  # its gradients come as (T, B, P): see clipping.rules.packed_sequences
     if not packed and (not isinstance(given, Tensor) or given.dim() != 3):
         shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
@@ -70,7 +73,7 @@ class _Sequences(NamedTuple):
         """`values` (T, B, ...) of these sequences, each one's positions in reverse order; padding stays behind."""
         if self.lengths is None:
             return values.flip(0)
-        time = torch.arange(values.shape[0]).unsqueeze(1)
+        time = torch.arange(values.shape[0], device="cpu").unsqueeze(1)
         place = torch.where(time < self.lengths, self.lengths - 1 - time, time).to(values.device)
         return values.gather(0, place.unsqueeze(2).expand_as(values))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from clipping.grads import SampleGrads
+from clipping.gradients.sample_grads import SampleGrads
 
 
 class Inputs(NamedTuple):

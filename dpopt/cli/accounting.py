@@ -26,12 +26,12 @@ from accountants import (
     calibrate,
     ledger_bound,
 )
-from accountants.ledger_bound import known_relation
+from accountants.ledger.ledger_bound import known_relation
 from accountants.registry import ACCOUNTANTS, DEFAULT
 from accountants.registry import accountant as named
 from dpopt.cli.failures import BUDGET, INPUT, exit_codes
 from dpopt.cli.reading import ledger_at, patience, runs
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 NAMES = ", ".join(sorted(ACCOUNTANTS))
 _POINTS = 40
@@ -273,7 +273,7 @@ def _plot(
     relation: str,
 ) -> None:
     """Write epsilon over the number of releases: the tightest accountant and the Renyi bound, or `one`."""
-    from dpopt.plots import prices
+    from dpopt.reports.plots import prices
 
     total = sum(count for _, count in releases)
     counts = sorted({max(1, round(total * i / _POINTS)) for i in range(1, _POINTS + 1)}) if total else []

@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from accountants import History, LedgerCorrupt, ledger_bound
-from accountants.exchange import dp_accounting_data
 from accountants.filter_rule import Rule
+from accountants.formats.to_dp_accounting import dp_accounting_data
+from accountants.ledger.summary import Attempt, Summary, place_of, summary
 from accountants.records import configurations
-from accountants.summary import Attempt, Summary, place_of, summary
+from dpopt.budget.ledger_files import insecurity
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import ledger_at, patience
-from dpopt.ledgers import insecurity
-from dpopt.report import rounded_up
+from dpopt.reports.report import rounded_up
 
 UNVERIFIED = 1
 

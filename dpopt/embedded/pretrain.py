@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpopt.embedded import MODEL_PATH, private_records
+from dpopt.embedded import MODEL_PATH
 from dpopt.embedded.docstrings import Fingerprints
 from dpopt.embedded.public import FINGERPRINTS_FILE, Document, public_documents
+from dpopt.embedded.records import private_records
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 RECORD_TOKENS = 128
@@ -109,13 +110,13 @@ def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """Return the token ids of the texts, one after the other, each between bos and eos."""
     encoded = tokenizer(list(texts), verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
-    return torch.tensor([token for ids in encoded for token in (*ids, end)])
+    return torch.tensor([token for ids in encoded for token in (*ids, end)], device="cpu")
 
 
 def record_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Return input ids and targets, both (B, T), of records cut at `RECORD_TOKENS`; targets are -100 on padding."""
     ids = [
-        torch.tensor([*row, tokenizer.eos_token_id][:RECORD_TOKENS])
+        torch.tensor([*row, tokenizer.eos_token_id][:RECORD_TOKENS], device="cpu")
         for row in tokenizer(list(texts), verbose=False)["input_ids"]
     ]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
@@ -142,9 +143,12 @@ def windows(tokens: Tensor, generator: torch.Generator) -> Callable[[int, int], 
     def take(number: int, length: int) -> Tensor:
         nonlocal order, length_now
         if len(order) < number or length != length_now:
-            shift = int(torch.randint(length, (), generator=generator))
-            starts = torch.arange(shift, len(tokens) - length, length)
-            order, length_now = starts[torch.randperm(len(starts), generator=generator)].tolist(), length
+            shift = int(torch.randint(length, (), generator=generator, device="cpu"))
+            starts = torch.arange(shift, len(tokens) - length, length, device="cpu")
+            order, length_now = (
+                starts[torch.randperm(len(starts), generator=generator, device="cpu")].tolist(),
+                length,
+            )
         taken, order = order[:number], order[number:]
         return (
             torch.stack([tokens[start : start + length] for start in taken])

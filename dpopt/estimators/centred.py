@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from clipping import ClipRule, Contribution, FlatClipper, SampleGrads
-from clipping.clamped import Clamped
-from clipping.shifted import shifted
+from clipping.gradients.clamped import Clamped
+from clipping.gradients.shifted import shifted
 from dpopt.estimators.estimator import Factors, renewed, sampled
 from dpopt.estimators.stage import Stage, Vectors
-from dpopt.mechanisms.grouped import Allocation
+from dpopt.mechanisms.group_gaussian import Allocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Centred:
     ----------
     Each release is the Gaussian mechanism on a draw: the centre is a function of earlier releases, and around any
     public centre one example's clipped difference has norm at most `clip_norm`; replaced, twice that
-    (test_guarantee_a_public_centre_costs_nothing). Rounds: `dpopt.estimators.releases`.
+    (test_guarantee_a_public_centre_costs_nothing). Rounds: `dpopt.release.release`.
     """
 
     clip_norm: float

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from accountants import Event
-from clipping.clippers import check_clip_norm
-from clipping.memory import Memory
+from clipping.clippers.clipper import check_clip_norm
+from clipping.contributions.record_memory import Memory
 from dpopt.estimators.estimator import Factors, renewed
 from dpopt.estimators.stage import Stage, Vectors
-from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import PoissonSampling, Sampling
+from dpopt.mechanisms.group_gaussian import Allocation
+from dpopt.sampling.poisson import PoissonSampling
+from dpopt.sampling.sampler import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ Why no amplified accounting. A record takes part with probability q in each step
 DP-SGD. Here its residual stays in e, which speaks in *every* later step, whatever the coins: the feedback is
 not a sampled mechanism. With the noise of the published code (an amplified accountant, noise z C1 sqrt(1 + 2 C2/C1)), one
 record whose gradient is long enough is found out with delta 0.98 where 8e-6 is claimed
-(tests/accountants/test_feedback.py measures it for the settings of the paper). Charged is the least of what
-`accountants.feedback` proves.
+(tests/accountants/methods/test_hidden_feedback.py measures it for the settings of the paper). Charged is the least of what
+`accountants.methods.hidden_feedback` proves.
 
 For the same aim at the price of DP-SGD, use `TwoThreshold`.
 
@@ -24,12 +24,13 @@ from dataclasses import dataclass, field, replace
 
 from accountants import Event, Gaussian, HiddenFeedback, NonPrivate
 from clipping import ClippedSum, Clipper, Contribution, FlatClipper, Group
-from clipping.feedback import RestClipper, UnclippedRest
-from clipping.hidden import HiddenState
+from clipping.clippers.residual import RestClipper, UnclippedRest
+from clipping.contributions.error_feedback import HiddenState
 from dpopt.estimators.estimator import Factors, renewed
 from dpopt.estimators.stage import Stage, Vectors
-from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import PoissonSampling, Sampling
+from dpopt.mechanisms.group_gaussian import Allocation
+from dpopt.sampling.poisson import PoissonSampling
+from dpopt.sampling.sampler import Sampling
 
 _REST = "rest:"
 
@@ -43,7 +44,7 @@ class Dice:
 
     Guarantees
     ----------
-    One step costs `accountants.HiddenFeedback`, priced without amplifying the feedback: see `accountants.feedback`
+    One step costs `accountants.HiddenFeedback`, priced without amplifying the feedback: see `accountants.methods.hidden_feedback`
     for the bounds and proofs (test_guarantee_dice_is_charged_above_its_worst_pair). Poisson sampling only.
     """
 

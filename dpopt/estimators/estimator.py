@@ -9,20 +9,19 @@ The law of this file: a stage is made from public state alone, and `finish` sees
 one exception is `fold`, for hidden state: it stands before the noise, and its estimator pays for it by an event of
 its own.
 
-To add an estimator: write one file, and one line in `dpopt.estimators.named`.
+To add an estimator: write one file, and one line in `dpopt.estimators.registry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from accountants import Event
-from clipping import Contribution
 from dpopt.estimators.stage import Stage
-from dpopt.mechanisms.grouped import Allocation
-from dpopt.sampling import Sampling
+from dpopt.mechanisms.group_gaussian import Allocation
+from dpopt.sampling.sampler import Sampling
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -83,35 +82,3 @@ Numbers = TypeVar("Numbers", bound="DataclassInstance")
 def renewed(self: Numbers) -> Numbers:
     """A copy of a dataclass with the same numbers; state, which `init=False` fields hold, begins anew."""
     return replace(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """The clipped sum itself: DP-SGD with any clipper, and no state.
-
-    Guarantees
-    ----------
-    One step is the Gaussian mechanism of the mechanism's event, on a draw of the sampler
-    (test_guarantee_release_is_the_charged_mechanism).
-    """
-
-    contribution: Contribution
-    allocation: Allocation | None = field(default=None, init=False, repr=False)
-    factors: Factors | None = field(default=None, init=False, repr=False)
-    speaks_of_zero: bool = field(default=False, init=False, repr=False)
-    fresh = renewed
-    event = sampled
-
-    @property
-    def guarantee(self) -> str:
-        """What one step costs."""
-        return "each step is the Gaussian mechanism on the clipped sum of one draw"
-
-    @property
-    def setting(self) -> Mapping[str, float | str | None]:
-        """Name and public numbers."""
-        return {"name": "plain"}
-
-    def stage(self, step: int) -> Stage:
-        """The same for every step."""
-        return Stage(self.contribution, lambda released: released, direct=True)

@@ -6,11 +6,11 @@ Needs the extra `hf` (transformers, peft, typer, rich, matplotlib).
 
 from accountants import BudgetExhausted
 from dpopt.finetune.config import FinetuneConfig
-from dpopt.finetune.listener import Listener, StepSeen
-from dpopt.finetune.plan import RunPlan
+from dpopt.finetune.progress import Listener, StepSeen
+from dpopt.finetune.record_files import InputError, RecordFormat, Template
 from dpopt.finetune.run import FinetuneResult, finetune
+from dpopt.finetune.run_plan import RunPlan
 from dpopt.finetune.saving import NotSaved
-from dpopt.records import InputError, RecordFormat, Template
 
 __all__ = [
     "BudgetExhausted",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpopt.records import (
+from dpopt.finetune.record_files import (
     InputError,
     RecordFormat,
     TextRecord,

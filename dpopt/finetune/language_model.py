@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpopt.durable import whole_folder
+from dpopt.atomic_files import whole_folder
+from dpopt.finetune.record_files import InputError, TextRecord
 from dpopt.losses import IGNORED
-from dpopt.records import InputError, TextRecord
 
 
 class Tokens(NamedTuple):
@@ -128,7 +128,7 @@ def encode(
     for prompt, text in zip(prompts, texts, strict=True):
         head = prompt[:-1] if prompt and prompt[-1] == end else prompt
         tail = [] if end is None or (text and text[-1] == end) else [end]
-        encoded.append(Tokens(torch.tensor([*head, *text, *tail][:max_tokens]), len(head)))
+        encoded.append(Tokens(torch.tensor([*head, *text, *tail][:max_tokens], device="cpu"), len(head)))
     return encoded
 
 

@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpopt.budget import Budget
+from dpopt.budget.budget import Budget
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.evaluation import mean_loss
 from dpopt.finetune.language_model import TokenBatch, collate, logits, padding
-from dpopt.finetune.listener import Listener, Silence, StepSeen
-from dpopt.finetune.outcome import Outcome, build_report
-from dpopt.finetune.plan import Prepared, prepare
+from dpopt.finetune.prepare import prepare
 from dpopt.finetune.privacy_plan import PrivacyPlan
+from dpopt.finetune.progress import Listener, Silence, StepSeen
+from dpopt.finetune.run_plan import Prepared
+from dpopt.finetune.run_report import Outcome, build_report
 from dpopt.finetune.saving import NotSaved, check_room, save_all
-from dpopt.finetune.tuning import Tuning
+from dpopt.finetune.updates import Tuning
 from dpopt.losses import causal_lm_losses
 from dpopt.mechanisms import GaussianMechanism
-from dpopt.report import Report
-from dpopt.training import Batch, PrivateTraining
+from dpopt.reports.report import Report
+from dpopt.sampling.sampler import Batch
+from dpopt.training import PrivateTraining
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def finetune(config: FinetuneConfig, *, listener: Listener | None = None) -> Fin
             if private.steps == 0:
                 raise
             failure = error
+        if prepared.audit is not None:
+            prepared.audit.finish(prepared.num_known)
         report = build_report(plan, _outcome(run, private, failure))
         run.listener.stage("saving")
         try:
@@ -110,7 +114,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
         prepared.model,
         estimator=privacy.estimator,
         mechanism=GaussianMechanism(privacy.noise_multiplier),
-        sampling=privacy.sampling,
+        sampling=privacy.records_sampling,
         budget=_budget(privacy),
         ledger=plan.ledger,
         accountant_name=privacy.accountant,
@@ -121,6 +125,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
         insecure_seed=plan.insecure_seed,
         # Without resume the plan has settled and shown what this run adds to the ledger.
         new_configuration=not plan.resume,
+        audit=None if prepared.audit is None else prepared.audit.canaries,
     )
 
 

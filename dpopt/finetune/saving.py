@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import nn
 
-from dpopt.durable import write_file
+from dpopt.atomic_files import write_file
 from dpopt.finetune.language_model import save
-from dpopt.finetune.plan import Prepared
-from dpopt.report import Report, to_html, to_markdown
+from dpopt.finetune.run_plan import Prepared
+from dpopt.reports.report import Report, to_html, to_markdown
 
 _ROOM_BESIDE_MODEL = 20_000_000
 PICTURE = "curves.png"
@@ -69,7 +69,7 @@ def save_all(prepared: Prepared, report: Report) -> Path:
 
 def write_report(report: Report, out: Path) -> None:
     """Write `report.json`, the picture, `report.md` and `report.html` to `out`."""
-    from dpopt.plots import curves
+    from dpopt.reports.plots import curves
 
     write_file(out / "report.json", report.to_json().encode())
     picture = curves(report)

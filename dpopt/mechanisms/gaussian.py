@@ -13,9 +13,9 @@ from torch import Tensor
 
 from accountants import Event, Gaussian
 from clipping import ClippedSum
-from dpopt import normals, philox
-from dpopt.budget import check_real
-from dpopt.cryptographic import CipherKey
+from dpopt.public_numbers import check_real
+from dpopt.randomness import normals, philox
+from dpopt.randomness.cipher import CipherKey
 
 NoiseSource = Callable[[str, torch.device], torch.Generator | CipherKey]
 """(parameter name, device) -> a generator, or the key of a cipher's stream, that no other query uses."""
@@ -82,8 +82,9 @@ class GaussianMechanism:
         if self.noise_multiplier == 0:
             return {name: total.div_(divisor) for name, total in released.items()}
         std = self.noise_multiplier * clipped.sensitivity
-        for name, total in released.items():
-            add_normal(total, std, noise(name, total.device), divisor)
+        sources = [noise(name, total.device) for name, total in released.items()]
+        for total, source in zip(released.values(), sources, strict=True):
+            add_normal(total, std, source, divisor)
         return released
 
 

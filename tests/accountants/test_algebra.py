@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from accountants import Composed, Gaussian, PoissonSampled, Repeated, accountant, calibrate
 from accountants.registry import ACCOUNTANTS
-from tests.accountants.conformance import QUICK, deltas, sigmas
+from tests.support.accountants.conformance import QUICK, deltas, sigmas
 
 NAMES = sorted(ACCOUNTANTS)
 parts = st.tuples(sigmas, st.sampled_from([0.02, 0.3, 1.0]), st.integers(1, 30))

@@ -12,7 +12,7 @@ from accountants import (
     accountant,
     best,
 )
-from tests.accountants.reference import DIGITS, ROWS
+from tests.support.accountants.reference import DIGITS, ROWS
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 

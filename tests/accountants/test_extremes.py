@@ -98,7 +98,7 @@ def test_delta_sees_a_heavy_tail(sigma, q, steps, epsilon, truth):
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-12, 1e-6, 1e-4, 1e-3, 0.01])
 def test_delta_at_tiny_epsilon_is_near_the_integral(epsilon):
-    from tests.accountants.oracle import composed
+    from tests.support.accountants.oracle import composed
 
     for steps in (((1.0, 0.1),) * 2, ((20.0, 1e-4),) * 2, ((100.0, 0.5),) * 2):
         truth, error = max(composed(steps, removed, epsilon) for removed in (True, False))

@@ -23,9 +23,9 @@ from accountants import (
     choose_order,
     leaves,
 )
-from accountants.gaussian import gaussian_epsilon
-from accountants.rdp import ORDERS
-from tests.accountants.conformance import QUICK
+from accountants.dominating_pairs.gaussian import gaussian_epsilon
+from accountants.methods.rdp import ORDERS
+from tests.support.accountants.conformance import QUICK
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 PLAN = Repeated(STEP, 1000)
@@ -209,7 +209,7 @@ def test_charges_are_durable_and_counted_again_after_resuming(tmp_path):
 
 
 def test_a_charge_that_failed_is_counted(tmp_path, monkeypatch):
-    import accountants.appended_file as module
+    from accountants import storage as module
 
     with Ledger.open(tmp_path / "ledger") as ledger:
         budget = FILTERS["R1"](ledger=ledger)

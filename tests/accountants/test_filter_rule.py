@@ -33,8 +33,8 @@ from accountants import (
     budget_filter,
     choose_order,
 )
+from accountants.dominating_pairs.gaussian import gaussian_epsilon
 from accountants.filter_rule import declared_rule
-from accountants.gaussian import gaussian_epsilon
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 PLAN = Repeated(STEP, 1000)

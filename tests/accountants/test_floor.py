@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accountants import Composed, Gaussian, NonPrivate, PoissonSampled, Repeated, accountant, leaves
-from accountants.dots import reach
+from accountants.dominating_pairs.connect_the_dots import reach
+from accountants.dominating_pairs.sampled_step import Step
 from accountants.floor import _tangents, lower_epsilon, lowered
-from accountants.loss import Step
-from tests.accountants.conformance import QUICK, counts, deltas, rates, sigmas
-from tests.accountants.lower import lower_epsilon as by_hoeffding
-from tests.accountants.oracle import EXACT, exact_delta
-from tests.accountants.reference import DIGITS, ROWS
+from tests.support.accountants.conformance import QUICK, counts, deltas, rates, sigmas
+from tests.support.accountants.lower import lower_epsilon as by_hoeffding
+from tests.support.accountants.oracle import EXACT, exact_delta
+from tests.support.accountants.reference import DIGITS, ROWS
 
 PLD = accountant("pld")
 

@@ -18,11 +18,11 @@ from accountants import (
     accountant,
     group,
 )
-from accountants.gaussian import gaussian_delta, gaussian_epsilon
-from accountants.loss import GROUP, Step
-from accountants.shifted import shifted_delta
-from tests.accountants.conformance import QUICK
-from tests.accountants.mixtures import hockey, poisson
+from accountants.dominating_pairs.feedback_step import shifted_delta
+from accountants.dominating_pairs.gaussian import gaussian_delta, gaussian_epsilon
+from accountants.dominating_pairs.sampled_step import GROUP, Step
+from tests.support.accountants.conformance import QUICK
+from tests.support.accountants.mixtures import hockey, poisson
 
 NAMES = ("pld", "prv", "rdp", "zcdp")
 

@@ -12,7 +12,7 @@ import pytest
 
 from accountants import Composed, Gaussian, PoissonSampled, Repeated, accountant, best, calibrate
 from accountants.floor import lower_epsilon
-from tests.accountants.reference import DIGITS, ROWS
+from tests.support.accountants.reference import DIGITS, ROWS
 
 NAMES = ("rdp", "prv", "pld")
 

@@ -5,9 +5,9 @@ import pytest
 from scipy.optimize import brentq
 
 from accountants import Composed, Gaussian, PoissonSampled, accountant
+from accountants.dominating_pairs.gaussian import gaussian_delta, sampled_delta
 from accountants.floor import lower_epsilon
-from accountants.gaussian import gaussian_delta, sampled_delta
-from tests.accountants.oracle import composed, exact_delta
+from tests.support.accountants.oracle import composed, exact_delta
 
 
 def event(steps):

@@ -34,8 +34,8 @@ from accountants import (
     from_dict,
     to_dict,
 )
-from tests.accountants.conformance import QUICK
-from tests.accountants.mixtures import fixed_size, hockey, poisson, truncated
+from tests.support.accountants.conformance import QUICK
+from tests.support.accountants.mixtures import fixed_size, hockey, poisson, truncated
 
 NAMES = ("pld", "prv", "rdp", "zcdp")
 EPSILONS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)

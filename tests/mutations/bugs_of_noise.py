@@ -8,14 +8,14 @@ PRESENT, SCALE, BATCH = ("noise present",), ("noise scale",), ("noise and batch"
 STEPS, TENSORS, RUNS = ("steps independent",), ("tensors independent",), ("runs independent",)
 SENSITIVITY = ("sensitivity", "sensitivity to noise")
 _STD = "std = self.noise_multiplier * clipped.sensitivity"
-_ADD = "add_normal(total, std, noise(name, total.device), divisor)"
-_DRAWN = 'return cipher_key(self.key, "noise", charge, name)'
+_ADD = "add_normal(total, std, source, divisor)"
+_DRAWN = 'return CipherKey(subkey(self.key, "noise", charge, name))'
 _TORCH = 'return generator(self.key, "noise", charge, name, device=device)'
 _GROUP_STD = "self.noise_multiplier * bound * math.sqrt(whole / share)"
 _GROUP_ADD = "add_normal(released[name], std, noise(name, released[name].device), divisor)"
-_STDS = "tests/dpopt_core/test_group_noise.py"
-_GUARANTEES = "tests/dpopt_core/test_step_guarantees.py"
-_ESTIMATORS = "tests/dpopt_core/test_estimator_guarantees.py"
+_STDS = "tests/dpopt/mechanisms/test_group_gaussian.py"
+_GUARANTEES = "tests/dpopt/release/test_step_guarantees.py"
+_ESTIMATORS = "tests/dpopt/estimators/test_estimator_guarantees.py"
 
 
 def of_noise(name, place, old, new, step="explicit", checks=(), tests=(), quick=False):
@@ -37,7 +37,7 @@ BUGS = (
              tests=THE_MECHANISM),
     of_noise("noise divided by the number of tensors", RELEASE, _STD, f"{_STD} / len(released) ** 0.5", checks=SCALE,
              tests=THE_MECHANISM),
-    of_noise("biases without noise", RELEASE, _ADD, f"total.div_(divisor) if name.endswith('bias') else {_ADD}",
+    of_noise("biases without noise", RELEASE, _ADD, f"total.div_(divisor) if next(n for n, v in released.items() if v is total).endswith('bias') else {_ADD}",
              checks=PRESENT, tests=THE_MECHANISM, quick=True),
     of_noise("the last tensor without noise", RELEASE, _ADD,
              f"total.div_(divisor) if total is list(released.values())[-1] else {_ADD}", checks=PRESENT,
@@ -59,9 +59,9 @@ BUGS = (
              checks=(*PRESENT, "noise shape"), tests=THE_MECHANISM),
     of_noise("noise from a public seed", at.SECRET_KEY, "return RandomKey(os.urandom(32))",
              "return RandomKey(str(torch.initial_seed()).zfill(32).encode()[-32:])", checks=("restart",),
-             tests=("tests/dpopt_core/test_randomness.py", "tests/dpopt_core/test_resume.py"), quick=True),
+             tests=("tests/dpopt/randomness/test_keys.py", "tests/dpopt/budget/test_resume.py"), quick=True),
     of_noise("the same key in every run", at.SECRET_KEY, "return RandomKey(os.urandom(32))", "return RandomKey(bytes(32))",
-             checks=RUNS, tests=("tests/dpopt_core/test_randomness.py", "tests/dpopt_core/test_resume.py"), quick=True),
+             checks=RUNS, tests=("tests/dpopt/randomness/test_keys.py", "tests/dpopt/budget/test_resume.py"), quick=True),
     Mutation("the same noise in every step", "noise", (
         Edit(f"{at.TIER}.noise", _DRAWN, _DRAWN.replace("charge, ", "")),
         Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("charge, ", ""))), "explicit", STEPS, THE_MECHANISM, True),
@@ -73,8 +73,8 @@ BUGS = (
         Edit(f"{at.TIER}.noise", _TORCH, _TORCH.replace("charge,", "charge % 10,"))), "explicit", STEPS, THE_MECHANISM),
     of_noise("the same words for every part of a large tensor", at.NORMALS,
              "stream.fill(buffer[:half])", "key.stream().fill(buffer[:half])", step="",
-             tests=("tests/dpopt_core/test_normals.py",)),
-    of_noise("half the noise in double precision", "dpopt.normals:_add_in_double", "std * normal", "std / 2 * normal", step="",
+             tests=("tests/dpopt/randomness/test_normals.py",)),
+    of_noise("half the noise in double precision", "dpopt.randomness.normals:_add_in_double", "std * normal", "std / 2 * normal", step="",
              tests=THE_MECHANISM),
     of_noise("noise for each part of a batch", f"{at.TRAINING}.accumulate", "self.sum.add(summed, keep, records)",
              "self.sum.add(summed, keep, records)\n"
@@ -90,20 +90,20 @@ BUGS = (
              step="group noise", checks=PRESENT, tests=(_STDS,)),
     of_noise("half the noise on the grid", f"{at.GRID}:GridGaussianMechanism.release",
              "fineness(group.sensitivity, group.ratio", "2 * fineness(group.sensitivity, group.ratio", step="secure",
-             checks=SCALE, tests=("tests/dpopt_core/test_discrete.py",)),
+             checks=SCALE, tests=("tests/dpopt/mechanisms/test_grid_gaussian.py",)),
     of_noise("rounds on one draw without more noise", at.ONE_RELEASE, "scaled(mechanism, math.sqrt(stage.rounds))", "mechanism",
              step="", tests=(f"{_ESTIMATORS}::test_guarantee_rounds_on_one_draw_cost_one_release",)),
-    of_noise("rounds that share their noise", at.NUMBERED, 'f"{number}{ROUND}" if number else ""', '""', step="",
-             tests=("tests/dpopt_core/test_estimator_guarantees.py", "tests/dpopt_core/test_estimator_attacks.py")),
+    of_noise("rounds that share their noise", at.NUMBERED, 'f"{number}{ROUND}"', '""', step="",
+             tests=("tests/dpopt/estimators/test_estimator_guarantees.py", "tests/dpopt/estimators/test_estimator_attacks.py")),
     of_noise("a schedule charged at its first noise", f"{at.PRICES}:prices", "1.0 if estimator.factors is None else estimator.factors(charge)",
              "1.0 if estimator.factors is None else estimator.factors(0)", step="",
              tests=(f"{_ESTIMATORS}::test_guarantee_each_step_is_charged_with_its_own_noise",)),
     of_noise("a varied noise charged as before", f"{at.TRAINING}.vary", "self.payments.settle(self._prices)", "pass", step="",
-             tests=("tests/dpopt_core/test_schedulers.py::test_guarantee_a_varied_step_is_charged_with_its_own_noise",)),
+             tests=("tests/dpopt/compatibility/test_schedulers.py::test_guarantee_a_varied_step_is_charged_with_its_own_noise",)),
     of_noise("a fork that goes on with its parent's noise", f"{at.UNCHANGED}:refuse_fork", "if os.getpid() != pid:", "if False:",
-             step="", tests=("tests/dpopt_core/test_resume.py", "tests/dpopt_core/test_randomness.py", "tests/faults/test_faults.py")),
+             step="", tests=("tests/dpopt/budget/test_resume.py", "tests/dpopt/randomness/test_keys.py", "tests/dpopt/test_faults.py")),
     of_noise("ranks that each release their own", f"{at.UNCHANGED}:refuse_distributed", "get_world_size() > 1", "get_world_size() > 99",
-             step="", tests=("tests/dpopt_core/test_explicit_refusals.py", "tests/dpopt_core/test_familiar_refusals.py")),
+             step="", tests=("tests/dpopt/test_training_refusals.py", "tests/dpopt/test_engine_refusals.py")),
     of_noise("a key that can be saved", f"{at.KEY}.__reduce__", "raise TypeError(", "return str(", step="",
-             tests=("tests/dpopt_core/test_randomness.py",)),
+             tests=("tests/dpopt/randomness/test_keys.py",)),
 )  # fmt: skip

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worst pair of output laws of each mechanism, one step at a time."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do examples stay apart? Asked once at construction, and again while a run goes on."""
