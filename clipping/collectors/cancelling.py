@@ -27,13 +27,20 @@ from clipping.rounding.grams import Workspace
 from clipping.rounding.norms import chunks, row_norm
 
 VISIBLE = 1e-3
-"""Part of an example's norm that may be rounding up, where it has at most ORDINARY positions."""
+"""Part of an example's norm that may be rounding up, where it has at most ORDINARY positions; less where it has few."""
 
 ALONE = 5e-3
 """The same for one parameter by itself, whose share of the whole norm is not known yet."""
 
 ORDINARY = 1024
 """Positions up to which the rounding up of a gradient that does not cancel stays below VISIBLE (measured: 0.06%)."""
+
+
+def _allowed(num_positions: int) -> float:
+    """The part of VISIBLE that the rounding up of a gradient which does not cancel stays well below (measured: half)."""
+    part = num_positions / ORDINARY
+    return max(min(1.0, 3 * part**0.5), part)
+
 
 _FINE = (Outer, Convolved, Rows, Routed, Sum)
 
@@ -164,7 +171,7 @@ def refined(
         return {}
     device = norms[told[0]].squares.device
     longest = max(positions(held[name]) for name in told)
-    limit = 2 * share * max(1.0, longest / ORDINARY)
+    limit = 2 * share * _allowed(longest)
     squares = torch.stack([x.squares.to(device, torch.float64) for x in norms.values()]).sum(0)
     margins = {name: _margins(norms[name]).to(device, torch.float64) for name in told}
     margin = torch.stack(tuple(margins.values())).sum(0)

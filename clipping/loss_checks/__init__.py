@@ -14,24 +14,28 @@ What is checked
    looked at: a mean of class losses without class weights and without ignored labels (or the same number of them in every
    example). The factors must be the same in every batch: a divisor that the batch decides is not.
 2. *Provenance*, at draws 1, 2, 4, 8, ...: the batch is followed, operation by operation, from the loader to the inputs of
-   the model and to the constants of the graph (weights, labels, masks): each must be made of one example's own rows.
-3. *Outputs*: `clipping.validators.runtime_probe` sends back one example's outputs at draws 1, 2, 10, 100, ...
+   the model and to the constants of the graph (weights, labels, masks, gradients that the loop took itself): each must be
+   made of one example's own rows. A tensor of an earlier batch is known again at every draw.
+3. *Outputs*: `clipping.validators.runtime_probe` sends back one example's outputs at draws 1, 2, 10, 100, ..., and all together.
+4. *The model*: `clipping.validators.rehearsal` runs its forward and backward with other examples in the place of some.
+5. *Hooks* of the loop on tensors may look at gradients, and not change them (`clipping.recording.altered_gradients`).
 
 What is refused can be given as losses of shape (B,) to `engine.backward(losses)`. There only what was seen to bring
-examples together is refused.
+examples together is refused; autograd functions of the loop's own are tried (`clipping.validators.own_functions`).
 
 What cannot be seen
 -------------------
 - numbers that Python or numpy made from the batch (`.item()`, `.tolist()`, `sklearn`, the size of a selection): a scalar among them is found when
-  it changes from batch to batch (from the second draw on, and not in `engine.backward(losses)`); an array with a row for
-  each example, and other constants than single numbers, are taken as they are;
-- hooks on tensors or nodes between the outputs and the loss, which change gradients and leave no trace in the graph;
-- gradients that the loop takes with a backward of its own (of detached outputs, say) and puts into a loss as constants;
-- statistics of the batch that the model's own forward takes without a gradient, and state that it carries from batch to
-  batch, where its parameters are all in layers that have a rule; a branch in Python on numbers of the batch;
-- weights by place (`linspace(0, 1, B)`), and a user's autograd function that brings examples together in its backward,
-  inside `engine.backward(losses)`;
-- an earlier batch of the same size in the place of the drawn one;
+  it changes from batch to batch (from the second draw on; in `engine.backward(losses)`, whole numbers that were counted
+  in three batches that are followed); an array with a row for each example, and other constants than single numbers, are
+  taken as they are;
+- hooks on nodes of the graph between the outputs and the loss;
+- in the model's own forward: a statistic that begins between two rehearsals with no other number of operations that record
+  gradients; a branch that the rehearsed batches do not take; code that draws another number of random numbers for each
+  example; rows that are neither the examples nor a multiple of them;
+- weights by place (`linspace(0, 1, B)`), and a user's autograd function that brings examples together only at times, or by
+  a statistic that it computes outside of what it saves, inside `engine.backward(losses)`;
+- an earlier batch that was copied at a draw which is not followed, in the place of the drawn one;
 - a loop that does something else at the draws that are not followed, with the same operations;
 - what the collate function or the dataset did before the batch was handed out, such as padding to the longest, and how
   the model's own forward depends on that length;

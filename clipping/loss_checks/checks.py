@@ -25,7 +25,7 @@ from clipping.loss_checks.operations.layout import Layout
 from clipping.loss_checks.operations.state import Alone, Facts, Rows, State, Total, Unproven, away
 from clipping.loss_checks.provenance import Provenance
 from clipping.loss_checks.trail import Inner, Trail, mark, trail
-from clipping.loss_checks.verdict import Constants, refuse_changed, refuse_mixing, required
+from clipping.loss_checks.verdict import Constants, Counted, refuse_changed, refuse_mixing, required
 from clipping.modules.generic_rule import batch_dim_of
 from clipping.recording.before_backward import ENTRANCE
 from clipping.recording.tape import Tape
@@ -47,6 +47,7 @@ class LossChecks:
         self._whole = whole
         self._ready = ready
         self._constants = Constants()
+        self._counted = Counted()
         self._provenance = Provenance()
         self._passed: dict[Hashable, tuple[tuple[int, str, float], ...]] = {}
         self._flags: list[Tensor] = []
@@ -67,6 +68,8 @@ class LossChecks:
         self._hooks.append(
             self._tape.model.register_forward_hook(untraced(self._after_model), always_call=True)
         )
+        earlier = untraced(self._refuse_earlier)
+        self._hooks.append(self._tape.model.register_forward_pre_hook(earlier, with_kwargs=True))
         ENTRANCE.enter(self)
         return self
 
@@ -102,11 +105,13 @@ class LossChecks:
             self._provenance.start(batch, num_examples, self._tape.batch_dim)
             before = untraced(self._before_model)
             self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            self._provenance.pass_by(batch)
 
     def _stop_following(self) -> None:
         if self._provenance.entered:
             self._provenance.stop()
-        while len(self._hooks) > 1:
+        while len(self._hooks) > 2:
             self._hooks.pop().remove()
 
     def settle(self) -> None:
@@ -135,8 +140,14 @@ class LossChecks:
 
     # -- the model ----------------------------------------------------------------------------------------
 
+    def _refuse_earlier(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tape, seen = self._tape, self._provenance.seen
+        counts = torch.is_grad_enabled() and not tape.is_paused and not tape.is_rerunning
+        if counts and model is tape.model and any(map(seen.is_earlier, tensors((args, kwargs)))):
+            _refuse_input(Unproven("a tensor of an earlier batch", shown=True))
+
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._provenance.on or model is not self._tape.model:
+        if not self._provenance.on or model is not self._tape.model or self._tape.is_rerunning:
             return
         self._order = None
         given = [(x, self._provenance.seen.of(x)) for x in tensors((args, kwargs))]
@@ -161,7 +172,7 @@ class LossChecks:
             _refuse_input(Unproven("copies of a single example for the others", shown=True))
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], outputs: object) -> None:
-        if model is not self._tape.model:
+        if model is not self._tape.model or self._tape.is_rerunning:
             return
         num_examples = self._tape.num_examples_seen
         if not torch.is_grad_enabled() or self._tape.is_aside:  # of which the tape takes no notice
@@ -189,7 +200,9 @@ class LossChecks:
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
-        if second_order or self._tape.is_paused or self._tape.attribution.asking or not self._ready():
+        tape = self._tape
+        asking = tape.attribution.asking or tape.is_rerunning
+        if second_order or tape.is_paused or asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
             # A mode that the loop is in, ours too, would see the numbers that are read here, and trip over them.
@@ -201,6 +214,16 @@ class LossChecks:
     def after(self) -> None:
         """That backward is over."""
         self._proven.pop()
+
+    def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+        """It has made gradients: note how they depend on the examples, should the loop put them into a loss."""
+        if (
+            self._provenance.on
+            and self._ready()
+            and not self._tape.is_rerunning
+            and not self._tape.attribution.asking
+        ):
+            self._provenance.note_gradients(roots, inputs, grads)
 
     def require_proven(self) -> None:
         """Raise RuntimeError inside a backward that was not looked at."""
@@ -268,6 +291,8 @@ class LossChecks:
         if self._given and isinstance(state, Unproven) and not state.shown:
             return
         total = required(facts, state)
+        if self._given and self._provenance.on:
+            self._counted.require(facts, total, self._provenance.counted)
         if facts.sized and self._whole and not self._given:
             what = "a mean that is divided by the number of examples once more"
             refuse_mixing(Unproven(what, shown=False))

@@ -9,19 +9,29 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from clipping.loss_checks.batch import handed_out
+from clipping.loss_checks.batch import handed_out, tensors
 from clipping.loss_checks.operations.arithmetic import elementwise
 from clipping.loss_checks.operations.registry import rule_of
-from clipping.loss_checks.operations.state import Facts, Operation, Rows, State, Unproven, ruled
+from clipping.loss_checks.operations.state import (
+    ONE,
+    Alone,
+    Facts,
+    Operation,
+    Rows,
+    State,
+    Total,
+    Unproven,
+    ruled,
+)
 from clipping.loss_checks.operations.unknown import Call, tried
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -72,6 +82,13 @@ class Seen:
         if storage is not None:
             self._views(storage)[_place(value)] = state
             self._batch.add(storage._cdata)
+            self._earlier.pop(storage._cdata, None)  # the dataset's own memory, handed out again
+
+    def is_earlier(self, value: Tensor) -> bool:
+        """Whether `value` lies in memory of an earlier batch."""
+        storage = _storage(value) if self._earlier else None
+        known = None if storage is None else self._earlier.get(storage._cdata)
+        return known is not None and known() is storage
 
     def put(self, value: Tensor, state: State, *, written: bool = False) -> None:
         """Note the state of `value`; where its memory was `written` to and is mixed now, so are its other views."""
@@ -100,11 +117,32 @@ class Seen:
         made = {
             key: known
             for key, (known, found) in self._known.items()
-            if key not in self._batch and any(state is not None for state in found.values())
+            if key in self._batch or any(state is not None for state in found.values())
         }
         self._earlier = {key: known for key, known in (self._earlier | made).items() if known() is not None}
         self._known.clear()
         self._batch.clear()
+
+
+def _below(roots: Sequence[Any]) -> list[Tensor]:
+    """The leaves that a backward of `roots` reaches, but for those of parameters."""
+    stack: list[Any] = [x.grad_fn for x in roots if isinstance(x, Tensor)]
+    seen: set[Any] = set()
+    found: list[Tensor] = []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and not isinstance(variable, nn.Parameter):
+            found.append(variable)
+        stack += [below for below, _ in node.next_functions]
+    return found
+
+
+def _leaves(values: Sequence[Any]) -> list[tuple[Any, Tensor | None]]:
+    return [(x, x.grad if isinstance(x, Tensor) else None) for x in values]
 
 
 def _storage(value: Tensor) -> torch.UntypedStorage | None:
@@ -139,6 +177,8 @@ class Provenance(TorchDispatchMode):
         self.facts = Facts(tracing=True)
         self.read: set[float] = set()
         """Numbers that the loop read from the batch."""
+        self.counted: set[int] = set()
+        """Whole numbers among them, and sizes of selections."""
         self.listed = False
         """Whether the batch may be a list of examples, or has as many parts as examples."""
         self._inside = 0
@@ -156,6 +196,7 @@ class Provenance(TorchDispatchMode):
     def start(self, batch: object, num_examples: int, batch_dim: int) -> None:
         """Follow a batch from here on."""
         self.stop()
+        self.seen.end()
         self.facts = Facts(tracing=True, num_examples=num_examples)
         for tensor, state in handed_out(batch, num_examples, batch_dim):
             self.seen.hand_out(tensor, state)
@@ -165,12 +206,19 @@ class Provenance(TorchDispatchMode):
             self.__enter__()
             self.entered = True
 
+    def pass_by(self, batch: object) -> None:
+        """A batch is handed out that is not followed: know it again when it comes later."""
+        self.seen.end()
+        for tensor in tensors(batch):
+            self.seen.hand_out(tensor, None)
+
     def stop(self) -> None:
         """Follow nothing; a mode that the loop entered since and did not leave keeps this one below it, idle."""
         if self.on:
             self.on = False
             self.seen.end()
             self.read.clear()
+            self.counted.clear()
         if self.entered and any(mode is self for mode in _get_current_dispatch_mode_stack()[-1:]):
             self.__exit__(None, None, None)
             self.entered = False
@@ -183,6 +231,23 @@ class Provenance(TorchDispatchMode):
             yield
         finally:
             self._inside -= 1
+
+    def note_gradients(
+        self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
+    ) -> None:
+        """Gradients were made, of `inputs` or, without any, of all leaves below `roots`.
+
+        Those of a sum over the examples are rows as their tensors are; those of what mixes them are mixed.
+        """
+        states = [self.seen.of(root) for root in roots if isinstance(root, Tensor)]
+        mixed = next((state for state in states if isinstance(state, Unproven) and state.shown), None)
+        apart = bool(states) and all(isinstance(state, Total | Rows | Alone) for state in states)
+        pairs = list(zip(inputs, grads, strict=False)) if grads else _leaves(inputs or _below(roots))
+        for value, grad in pairs:
+            known = self.seen.of(value) if isinstance(value, Tensor) else None
+            if grad is None or known is None or not (apart or mixed):
+                continue
+            self.seen.put(grad, mixed or (known._replace(factor=ONE) if isinstance(known, Rows) else known))
 
     def enter_model(self) -> None:
         """The private model begins to run."""
@@ -206,13 +271,15 @@ class Provenance(TorchDispatchMode):
         call = Call.of(func, args, kwargs)
         states = tuple(self.seen.of(x) for x in call.inputs)
         name = func._schema.name.partition("::")[2]
+        if torch.Tag.dynamic_output_shape in func.tags and any(state is not None for state in states):
+            self.counted.update(x.shape[0] for x in tensors(outputs) if x.dim() > 0)
         for which, result in enumerate(outputs if isinstance(outputs, tuple | list) else (outputs,)):
             if isinstance(result, Tensor):
                 seen = any(s is not None for s in states)
                 state = self._state(call, name, states, result, which) if seen else None
                 self.seen.put(result, state, written=call.writes)
-            elif isinstance(result, float) and any(state is not None for state in states):
-                self.read.add(result)
+            elif isinstance(result, int | float) and any(state is not None for state in states):
+                self.read.add(result) if isinstance(result, float) else self.counted.add(result)
 
     def _state(self, call: Call, name: str, states: tuple[State, ...], result: Tensor, which: int) -> State:
         known = rule_of(name)

@@ -22,7 +22,7 @@ Node = Any
 """A node of torch's graph."""
 
 _MARK = "dpopt: rows"
-_TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
+TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +74,11 @@ def _kind(node: Node) -> Kind:
     return found
 
 
+def is_output(node: Node) -> bool:
+    """Whether outputs of a model are made there."""
+    return _MARK in node.metadata
+
+
 def mark(outputs: Sequence[Tensor], layouts: Sequence[Layout | None], num_examples: int, owner: int) -> None:
     """Note on the graph that these are outputs of a model of `owner`, which hold the examples so."""
     for output, layout in zip(outputs, layouts, strict=True):
@@ -94,7 +99,7 @@ def trail(root: Node, batch_dim: int, order: bytes | None = None) -> Trail:
         if node in numbers:
             stack.pop()
             continue
-        step = node.metadata.get(_MARK) or (_tapped(node, batch_dim, order) if type(node) is _TAP else None)
+        step = node.metadata.get(_MARK) or (_tapped(node, batch_dim, order) if type(node) is TAP else None)
         if step is None:
             edges = node.next_functions
             below = [n for n, _ in edges if n is not None and n not in numbers]

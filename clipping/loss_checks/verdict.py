@@ -6,6 +6,8 @@ Shapes: B examples.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import Tensor
 
 from clipping.errors import MixesExamples
@@ -78,6 +80,35 @@ class Constants:
                 facts.flags.append(changed)
             elif bool(changed):
                 refuse_changed()
+
+
+class Counted:
+    """Numbers in the losses (B,) of a run that were counted in the batch, by the operations the losses are made of.
+
+    Numbers that agree with counts by chance do so now and then; one that is a count agrees always. Three that differ are
+    enough.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[frozenset[str], set[int] | None] = {}
+
+    def require(self, facts: Facts, total: Total, counted: Container[int]) -> None:
+        """Raise MixesExamples where they are."""
+        scales = [abs(factor.scale) for factor in total.factors if factor.scale] + facts.constants
+        near = [x for scale in scales if scale for x in (scale, 1 / scale) if abs(x - 1) > _CLOSE]
+        whole = {round(x) for x in near if x > 1 and abs(x - round(x)) < _CLOSE * x}
+        known = self._known.setdefault(frozenset(facts.names), set())
+        if known is None or not near:
+            return
+        found = {x for x in whole if x in counted}
+        if not found:  # a number of another kind
+            self._known[frozenset(facts.names)] = None
+            return
+        known |= found
+        if len(known) > 2:
+            refuse_mixing(
+                Unproven("a number that was counted in the batch (labels, a selection, a mask)", shown=True)
+            )
 
 
 def refuse_changed() -> None:

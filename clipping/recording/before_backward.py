@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 _autograd: Any = torch.autograd
 
@@ -26,6 +27,10 @@ class Watcher(Protocol):
 
     def after(self) -> None:
         """It has ended, or failed, or was refused."""
+        ...
+
+    def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+        """It has ended, and made `grads` of `inputs`, or wrote those of all leaves."""
         ...
 
 
@@ -61,7 +66,10 @@ class Entrance:
                     continue
                 told.append(watcher)
                 watcher.before(roots, [1.0] * len(roots) if implicit else grads, bool(create))
-            return run(roots, grads, keep, create, *args, **kwargs)
+            found = run(roots, grads, keep, create, *args, **kwargs)
+            for watcher in told:
+                watcher.made(roots, args[0] if args else (), found or ())
+            return found
         finally:
             for watcher in told:
                 watcher.after()

@@ -26,6 +26,7 @@ from clipping.collectors.collector import Begin
 from clipping.errors import UnrecordedParameter
 from clipping.modules.detached_forward import Frames
 from clipping.modules.generic_rule import BatchDims
+from clipping.modules.heard_calls import Ear
 from clipping.modules.layers import Layer, entries, recorded_layers
 from clipping.modules.replay import Origin, Turns
 from clipping.modules.unruled_calls import Begun, Ran, Unruled
@@ -119,6 +120,7 @@ class Tape:
         self._root_dims = 0
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
+        self._ear: Ear | None = None
         self._origin: Origin | None = None
 
     def attach(self) -> Tape:
@@ -185,6 +187,11 @@ class Tape:
     def anchor(self) -> Tensor:
         """Stands for all parameters in `backward(inputs=...)`, which otherwise records nothing."""
         return self._anchor
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether code of the model runs now, or is run again."""
+        return self._entry is not None or self.is_rerunning or len(self._frames) > 0
 
     def doubt(self) -> None:
         """Look again at what serves all examples, whose the rows are, and whether modules keep examples apart."""
@@ -322,6 +329,16 @@ class Tape:
         finally:
             self.is_rerunning = known
 
+    @contextmanager
+    def heard(self, ear: Ear) -> Iterator[None]:
+        """Let `ear` hear the calls of recorded layers, which are recorded no further."""
+        known, self._ear = self._ear, ear
+        try:
+            with self._again():
+                yield
+        finally:
+            self._ear = known
+
     def _enter_child(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
@@ -365,6 +382,11 @@ class Tape:
     def _after(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: object
     ) -> object:
+        if self._ear is not None and self.is_rerunning:
+            layer = self._by_module.get(id(module))
+            if layer is None or layer.module is not module or outputs is None:
+                return None
+            return self._ear(layer, args, kwargs, outputs)
         with torch._C.DisableTorchFunction():
             ended = None if self.is_rerunning else self._frames.end(module)
         if ended is None or outputs is None or self.is_paused:

@@ -26,9 +26,11 @@ from clipping.contributions.contribution import Contribution
 from clipping.gradients.path_costs import Costs
 from clipping.gradients.sample_grads import SampleGrads
 from clipping.loss_checks import LossChecks
+from clipping.recording.altered_gradients import reaches, refuse_altered
 from clipping.recording.tape import Tape
 from clipping.step.drawn_examples import Admission
 from clipping.validators.runtime_probe import Probing
+from clipping.validators.runtime_rehearsal import Rehearsing
 
 
 class StepSum:
@@ -61,8 +63,10 @@ class StepSum:
         self.hold = False
         self.num_part = 0
         self.blank = False
-        self.probing = Probing(self.tape, lambda: None if self.admission.num_drawn is None else self.num_part)
+        self.probing = Probing(self.tape, self._part, lambda: self.rehearsing.holds())
+        self.rehearsing = Rehearsing(self.tape, self._part, self.probing.renew)
         self.checks: LossChecks | None = None
+        self._roots: list[Sequence[Any]] = []
         self._measuring: Measuring | None = None
         self._merging: Merging | None = None
         self._running = self.sums
@@ -94,6 +98,9 @@ class StepSum:
     def num_added(self) -> int:
         """How many of its examples have come."""
         return self.admission.num_added
+
+    def _part(self) -> int | None:
+        return None if self.admission.num_drawn is None else self.num_part
 
     def expects_losses(self) -> bool:
         """Whether a backward now is of the examples of a step: not outside of one, and not the probe's."""
@@ -134,15 +141,35 @@ class StepSum:
             self._held = [] if repeats > 1 else None
             self._pairs = two_points
         self.probing.begin()
+        self.rehearsing.begin()
         self.tape.turns.renew()
 
     def before(self, roots: Sequence[Any], grads: Sequence[Any], second_order: bool) -> None:
         """A backward of a loop begins, on the part that was handed out last: see to whose the rows are."""
-        if self.admission.num_drawn is not None and self.num_part and self.probing.chosen is None:
+        self._roots.append(roots)
+        ready = self.admission.num_drawn is not None and self.num_part and not self.tape.is_rerunning
+        if ready and self.probing.chosen is None:
             self.tape.attribute_below(roots, self.num_part)
 
     def after(self) -> None:
         """It has ended."""
+        self._roots.pop()
+
+    def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+        """It has made gradients, which are the loop's."""
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether code of the model runs now."""
+        return self.tape.in_forward
+
+    def altered(self) -> None:
+        """A hook of the loop has changed a gradient: raise MixesExamples where it is on its way to the model."""
+        private = (
+            self.admission.num_drawn is not None and not self.tape.is_paused and not self.tape.is_rerunning
+        )
+        if private and any(reaches(roots, self.tape) for roots in self._roots):
+            refuse_altered()
 
     def discard(self) -> None:
         """Forget what was collected; nothing of it was released."""
@@ -207,11 +234,12 @@ class StepSum:
         """
         self.admission.require_drawn()
         num_rows = losses.shape[0]
+        self.rehearsing.require(num_rows)
         try:
             self._expect(num_rows, keep, records)
             self.tape.attribute([losses], num_rows)
-            if not self.probing.done and num_rows > 1:
-                self.probing.run([losses])
+            if not self.probing.losses_done and num_rows > 1:
+                self.probing.run([losses], losses=True)
             self._backward(losses.mean() if self.sums.mean else losses.sum())
         finally:
             self.admission.forget_expected()

@@ -145,7 +145,8 @@ class Apart:
     """A collector that refuses a gradient of any example but one, parameter by parameter, and keeps none.
 
     `chosen` counts from the end where it is negative. `on_complete` is called with B at the end. `witnessed`
-    tells whether the chosen example had a gradient anywhere; without one, nothing was seen.
+    tells whether the chosen example had a gradient anywhere; without one, nothing was seen. `norms` are the squared norms
+    of its gradients, by parameter.
     """
 
     unit = None
@@ -155,16 +156,53 @@ class Apart:
         self._what = what
         self._on_complete = on_complete
         self.witnessed = False
+        self.norms: dict[str, Tensor] = {}
 
     def ready(self, name: str, grads: SampleGrads, num_examples: int) -> None:
         """Look and drop."""
-        seen = refuse_mixed({name: grads}, self._chosen % max(1, num_examples), self._what)
+        chosen = self._chosen % max(1, num_examples)
+        seen = refuse_mixed({name: grads}, chosen, self._what)
+        if num_examples:
+            self.norms[name] = grads.sq_norm()[chosen]
         self.witnessed = self.witnessed or seen
 
     def complete(self, num_examples: int) -> None:
         """Tell the number of examples."""
         if self._on_complete is not None:
             self._on_complete(num_examples)
+
+
+class Together:
+    """A collector that refuses a gradient of one example that is another beside those of the other examples.
+
+    `known` are the squared norms of the gradients of examples that were sent back alone, by parameter. Backwards are
+    linear: only code of a function's own can make it so (a gradient over the norm of all, say).
+    """
+
+    unit = None
+
+    def __init__(self, known: Mapping[int, Mapping[str, Tensor]]) -> None:
+        self._known = known
+
+    def ready(self, name: str, grads: SampleGrads, num_examples: int) -> None:
+        """Look and drop."""
+        norms = grads.sq_norm()
+        for chosen, alone in self._known.items():
+            if name in alone and not _is_same(alone, name, norms[chosen]):
+                raise MixesExamples(
+                    "expected the gradient of one example to be the same beside those of other examples; got another one, of "
+                    f"parameter {name!r}; look for autograd functions and hooks that scale a gradient by something of the whole "
+                    "batch, and take it of each row by itself (dim=-1)"
+                )
+
+    def complete(self, num_examples: int) -> None:
+        """Nothing to tell."""
+
+
+def _is_same(known: Mapping[str, Tensor], name: str, found: Tensor) -> bool:
+    half = found.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(found.device.type)
+    allowed = (1e-1 if half else 1e-3) * known[name] + 1e-6 * torch.stack(list(known.values())).max()
+    return bool((found - known[name]).abs() <= allowed) or not bool(torch.isfinite(found + known[name]))
 
 
 def probe(model: nn.Module, inputs: Inputs, *, batch_dim: int = 0) -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clipping.collectors.collector import Collector
 from clipping.errors import MixesExamples
 from clipping.recording.tape import Tape
-from clipping.validators.examine import Apart
+from clipping.validators.examine import Apart, Together
+from clipping.validators.own_functions import Constants, other_examples, own_functions
 
 DUE = frozenset((1, 2, 10, 100, 1000, 10_000))
 """The batches of a run on which the probe is due."""
@@ -38,50 +40,85 @@ class Probing:
 
     It runs on the first batch and again on those that `DUE` lists, since a branch that starts at zero mixes only
     once it has been trained; where the chosen examples send nothing back, it tries again on the next batch.
-    `part` tells the size of the part handed out last, or None outside a step. Keeps no gradient.
+    `part` tells the size of the part handed out last, or None outside a step; `rehearsed` whether the inputs of the
+    running forward were seen to stay apart (`clipping.validators.runtime_rehearsal`), which need no watching then. Keeps no gradient.
     """
 
-    def __init__(self, tape: Tape, part: Callable[[], int | None]) -> None:
-        self.done = False
+    def __init__(
+        self, tape: Tape, part: Callable[[], int | None], rehearsed: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.done = self.losses_done = False
         self.num_batches = 0
         self.chosen: int | None = None
         self.watched: list[Watched] = []
         self._tape = tape
         self._part = part
+        self._rehearsed = rehearsed
         self._home = id(tape.model)
         self._apart: Apart | None = None
+        self._norms: dict[int, dict[str, Tensor]] = {}
+        self._together: Together | None = None
+        self._constants = Constants()
         self._asking: bool | None = None
 
-    def run(self, rows: list[Tensor]) -> None:
+    def run(self, rows: list[Tensor], *, losses: bool = False) -> None:
         """Refuse a model or loss where one example's row of `rows`, (B, ...) each, reaches another example.
 
         The graph stays usable. First, last and middle are tried: a running statistic reaches in one direction
-        only, and a loss may leave out some examples. Two that say something are enough.
+        only, and a loss may leave out some examples. Two that say something are enough. Then all are sent back together:
+        the gradients of the chosen ones must be what they were alone. `losses` says that `rows` are the losses (B,).
         """
         num_examples, witnesses = rows[0].shape[0], 0
         try:
             for self.chosen in dict.fromkeys((0, num_examples - 1, num_examples // 2)):
                 if witnesses < 2:
-                    picked = torch.stack([x[self.chosen].sum().real for x in rows]).sum()
-                    # No further: what lies outside the model would find the probe in its `.grad`.
-                    wanted = [self._tape.anchor, *(x.leaf for x in self.watched)]
-                    picked.backward(retain_graph=True, inputs=wanted)
-                    witnesses += self._apart is not None and self._apart.witnessed
+                    self._send(torch.stack([x[self.chosen].sum().real for x in rows]).sum())
+                    if self._apart is not None and self._apart.witnessed:
+                        witnesses += 1
+                        self._norms[self.chosen] = self._apart.norms
+            if self._norms and num_examples > 1:
+                self._run_together(rows, losses)
             self.done = witnesses == min(2, num_examples)
+            self.losses_done = self.losses_done or (losses and self.done)
         finally:
-            self.chosen = self._apart = None
+            self.chosen = self._apart = self._together = None
+            self._norms = {}
             self.watched = []
+
+    def _send(self, total: Tensor) -> None:
+        # No further: what lies outside the model would find the probe in its `.grad`.
+        total.backward(retain_graph=True, inputs=[self._tape.anchor, *(x.leaf for x in self.watched)])
+
+    def _run_together(self, rows: list[Tensor], losses: bool) -> None:
+        num_examples, total = rows[0].shape[0], torch.stack([x.sum().real for x in rows]).sum()
+        self._together = Together(self._norms)
+        self._send(total)
+        functions = own_functions(rows[0]) if losses else []
+        if functions:
+            self._constants.require(functions, num_examples)
+            chosen, norms = next(iter(self._norms.items()))
+            self._together = Together({chosen: norms})
+            with _disable_current_modes(), other_examples(functions, chosen, num_examples):
+                self._send(total)
+        for x in self.watched:
+            x.leaf.grad = None
 
     def begin(self) -> None:
         """A batch was drawn."""
         self.num_batches += 1
         if self.num_batches in DUE:
-            self.done = False
-            self._tape.doubt()
+            self.renew()
+
+    def renew(self) -> None:
+        """Look again."""
+        self.done = self.losses_done = False
+        self._tape.doubt()
 
     def collector(self) -> Collector:
         """That of a backward of the probe."""
         assert self.chosen is not None
+        if self._together is not None:
+            return self._together
         self._apart = Apart(self.chosen, "output or loss", self._refuse_inputs)
         return self._apart
 
@@ -93,6 +130,8 @@ class Probing:
         if not self._wanted(model) or self._asks_for_gradients(model):
             return None
         self.watched = []
+        if self._rehearsed():
+            return None
         return pytree.tree_map_with_path(partial(self._watch, (args, kwargs)), (args, kwargs))
 
     def _asks_for_gradients(self, model: nn.Module) -> bool:
@@ -151,7 +190,7 @@ class Probing:
                 continue
             rows = self._batch_first(grad, num_examples)
             # A sequence as long as the batch is wide may be of one example: no reading may be an innocent one.
-            readings = [] if rows is None else [rows[others]]
+            readings = [] if rows is None else [rows[others], *_in_other_dims(grad, others, num_examples)]
             readings += [grad if i != chosen else grad[:0] for i, size in places if size == num_examples]
             if readings and all(bool((x.abs() > 0).any()) for x in readings):
                 raise MixesExamples(
@@ -167,6 +206,12 @@ def asks_for_gradients(kind: type[nn.Module]) -> bool:
     except (OSError, TypeError):
         return False
     return re.search(r"\.requires_grad(_\(\s*(True)?\s*\)|\s*=\s*True)", text) is not None
+
+
+def _in_other_dims(grad: Tensor, others: list[int], num_examples: int) -> list[Tensor]:
+    """What the others would have, were the examples in the second or third dimension, (T, B, D), that is as long."""
+    dims = [dim for dim in (1, 2) if grad.dim() > dim and grad.shape[dim] == num_examples]
+    return [grad.movedim(dim, 0)[others] for dim in dims]
 
 
 def _places(inputs: object, path: pytree.KeyPath) -> tuple[tuple[int, int], ...]:

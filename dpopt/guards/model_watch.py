@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clipping.recording.altered_gradients import HOOKS
 from clipping.recording.before_backward import ENTRANCE
+from clipping.recording.torch_compile import untraced
 from clipping.step.step_sum import StepSum
 from dpopt.guards.open_runs import OpenRun
 from dpopt.guards.step_order import StepOrder
@@ -36,7 +38,11 @@ class Watch:
         clear_gradients(self._model.parameters())
         self._step.tape.attach()
         ENTRANCE.enter(self._step)
-        probing = self._step.probing
+        HOOKS.enter(self._step)
+        probing, rehearsing = self._step.probing, self._step.rehearsing
+        before, after = untraced(rehearsing.before), untraced(rehearsing.after)
+        self._hooks.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        self._hooks.append(self._model.register_forward_hook(after, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(probing.watch_inputs, with_kwargs=True))
         self._hooks.append(self._model.register_forward_pre_hook(OpenRun(self._model, end)))
         self.order.attach()
@@ -52,6 +58,7 @@ class Watch:
             hook.remove()
         self._hooks.clear()
         ENTRANCE.leave(self._step)
+        HOOKS.leave(self._step)
         self._step.tape.detach()
         self.order.detach()
 

@@ -149,3 +149,45 @@ def test_only_the_examples_that_cancel_are_done_again():
     part = fine.part(slice(1, 3))
     assert part.index.tolist() == [0] and part.num_examples == 2
     assert torch.equal(fine.masked(torch.tensor([True, False, True])).dense()[1], torch.zeros(24, 16))
+
+
+@pytest.mark.parametrize("num_positions", [1, 2, 8, 64])
+def test_gradients_of_few_positions_that_do_not_cancel_are_not_measured_twice(num_positions):
+    torch.manual_seed(0)
+    made = [
+        Outer(
+            torch.randn(3, 1, num_positions, 64), torch.randn(3, 1, num_positions, 96), torch.Size((64, 96))
+        )
+        for _ in range(2)
+    ]
+    summed = add(*made)
+    assert not refined({"w": summed}, {"w": summed.norms()})
+
+
+def test_a_difference_quotient_of_two_calls_is_clipped_to_within_rounding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    x, v = torch.randn(12, 6), nn.functional.normalize(torch.randn(12, 6), dim=1)
+
+    def losses(model, x, v):
+        slope = (model(x + 1e-2 * v) - model(x))[:, 0] / 1e-2
+        return nn.functional.softplus(-model(x))[:, 0] + 5 * slope**2
+
+    known = losses(model, x, v)
+    grads = [
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in known.unbind()
+    ]
+    norms_of = [torch.cat([g.flatten() for g in found]).double().norm() for found in grads]
+    clip = float(torch.stack(norms_of).median())
+    weights = [min(1.0, clip / float(norm)) for norm in norms_of]
+    expected = [
+        sum(w * found[i] for w, found in zip(weights, grads, strict=True)) for i in range(len(grads[0]))
+    ]
+    step = StepSum(model, Contribution(FlatClipper(clip)), mean=False, costs=DEFAULT)
+    with step.tape:
+        step.begin(12)
+        step.add(losses(model, x, v))
+        found = step.clipped().total
+    found = torch.cat([value.flatten() for value in found.values()])
+    wanted = torch.cat([value.flatten() for value in expected])
+    assert float((found - wanted).norm()) <= 3e-5 * float(wanted.norm())

@@ -217,3 +217,28 @@ def test_a_sound_model_of_the_library_keeps_its_probe():
         optimizer.step()
     assert engine.training.sum.probing.done
     engine.detach()
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_sequences_first_that_are_as_long_as_the_batch_is_wide_are_taken(mixing):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.LSTM(D, 5), nn.Linear(5, 3)
+
+        def forward(self, x):  # (T, B, D)
+            return self.head(self.inner(x - x.mean(1, keepdim=True) if mixing else x)[0][-1])
+
+    def collate(rows):
+        x, y = zip(*rows, strict=True)
+        return torch.stack(x)[None].repeat(len(x), 1, 1), torch.stack(y)
+
+    engine, model, optimizer, loader = familiar(Recurrent(), examples(4), batch_size=4, collate_fn=collate)
+    inputs, labels = next(iter(loader))
+    if mixing:
+        with pytest.raises(MixesExamples):
+            F.cross_entropy(model(inputs), labels).backward()
+    else:
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    engine.detach()
