@@ -2,7 +2,7 @@
 """Plants privacy bugs in our own code, one at a time, and tells who notices each: the step checker, or which test.
 
 python -m benchmarks.mutations                                   # all, about half an hour
-python -m benchmarks.mutations --only noise --write benchmarks/mutations_2026-11-27
+python -m benchmarks.mutations --only noise --write benchmarks/results/mutations_2026-11-27
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """The step checker on training steps of other libraries and on our own: what it finds, and how to see it again.
 
 python -m benchmarks.step_findings                                    # those that are installed
-python -m benchmarks.step_findings --write benchmarks/step_findings_2026-11-27
+python -m benchmarks.step_findings --write benchmarks/results/step-findings_2026-11-27
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ BUGS = (
              "stream.fill(buffer[:half])", "key.stream().fill(buffer[:half])", step="",
              tests=("tests/dpopt/randomness/test_normals.py",)),
     of_noise("half the noise in double precision", "dpopt.randomness.normals:_add_in_double", "std * normal", "std / 2 * normal", step="",
-             tests=THE_MECHANISM),
+             tests=("tests/dpopt/release/test_noise.py", "tests/dpopt/randomness/test_normals.py", *THE_MECHANISM)),
     of_noise("noise for each part of a batch", f"{at.TRAINING}.accumulate", "self.sum.add(summed, keep, records)",
              "self.sum.add(summed, keep, records)\n"
              "        for total in self.sum.sums.totals.values():\n"
@@ -101,7 +101,7 @@ BUGS = (
     of_noise("a varied noise charged as before", f"{at.TRAINING}.vary", "self.payments.settle(self._prices)", "pass", step="",
              tests=("tests/dpopt/compatibility/test_schedulers.py::test_guarantee_a_varied_step_is_charged_with_its_own_noise",)),
     of_noise("a fork that goes on with its parent's noise", f"{at.UNCHANGED}:refuse_fork", "if os.getpid() != pid:", "if False:",
-             step="", tests=("tests/dpopt/budget/test_resume.py", "tests/dpopt/randomness/test_keys.py", "tests/dpopt/test_faults.py")),
+             step="", tests=("tests/dpopt/randomness/test_keys.py", "tests/dpopt/test_faults.py")),
     of_noise("ranks that each release their own", f"{at.UNCHANGED}:refuse_distributed", "get_world_size() > 1", "get_world_size() > 99",
              step="", tests=("tests/dpopt/test_training_refusals.py", "tests/dpopt/test_engine_refusals.py")),
     of_noise("a key that can be saved", f"{at.KEY}.__reduce__", "raise TypeError(", "return str(", step="",
