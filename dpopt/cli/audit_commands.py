@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from dpopt.cli import attack_commands, step_commands
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import patience
 from dpopt.reports.report import rounded_up
@@ -117,3 +118,7 @@ def _show(console: Console, report: AuditReport, folder: Path) -> None:
     console.print(
         f"Written: {escape(str(folder / 'audit.html'))}, audit.json", highlight=False, soft_wrap=True
     )
+
+
+attack_commands.register(app)
+app.command("step")(step_commands.step)
