@@ -105,8 +105,10 @@ def search(
         if best is None or result.figure(best) > 1.5:
             break
         trial = best.trial
-        at = int(torch.randint(len(trial.batch), (1,), generator=source))
-        changed = Entry(int(torch.randint(pool, (1,), generator=source)), trial.batch[at].variant)
+        at = int(torch.randint(len(trial.batch), (1,), generator=source, device="cpu"))
+        changed = Entry(
+            int(torch.randint(pool, (1,), generator=source, device="cpu")), trial.batch[at].variant
+        )
         batch = (*trial.batch[:at], changed, *trial.batch[at + 1 :])
         result = replace(
             result, movements=(*result.movements, movement(case, replace(trial, batch=batch), unit))
