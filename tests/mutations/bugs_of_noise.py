@@ -100,10 +100,19 @@ BUGS = (
              tests=(f"{_ESTIMATORS}::test_guarantee_each_step_is_charged_with_its_own_noise",)),
     of_noise("a varied noise charged as before", f"{at.TRAINING}.vary", "self.payments.settle(self._prices)", "pass", step="",
              tests=("tests/dpopt/compatibility/test_schedulers.py::test_guarantee_a_varied_step_is_charged_with_its_own_noise",)),
-    of_noise("a fork that goes on with its parent's noise", f"{at.UNCHANGED}:refuse_fork", "if os.getpid() != pid:", "if False:",
-             step="", tests=("tests/dpopt/randomness/test_keys.py", "tests/dpopt/test_faults.py")),
+    Mutation(
+        "a fork that goes on with its parent's noise",
+        "noise",
+        (
+            Edit(f"{at.UNCHANGED}:refuse_fork", "if os.getpid() != pid:", "if False:"),
+            Edit(f"{at.FILE}.require_own", "if self._pid != os.getpid():", "if False:"),
+        ),
+        "",
+        (),
+        ("tests/accountants/ledger/test_ledger.py", "tests/dpopt/test_faults.py"),
+    ),
     of_noise("ranks that each release their own", f"{at.UNCHANGED}:refuse_distributed", "get_world_size() > 1", "get_world_size() > 99",
-             step="", tests=("tests/dpopt/test_training_refusals.py", "tests/dpopt/test_engine_refusals.py")),
+             step="", tests=("tests/dpopt/guards/test_one_process.py",)),
     of_noise("a key that can be saved", f"{at.KEY}.__reduce__", "raise TypeError(", "return str(", step="",
              tests=("tests/dpopt/randomness/test_keys.py",)),
 )  # fmt: skip
