@@ -205,6 +205,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shadows-for", nargs="*", help="models that get shadow models; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the cells about power")
     parser.add_argument("--only", help="make only cells whose name holds this, and no report")
+    parser.add_argument("--report-only", action="store_true", help="report the finished cells, make none")
     parser.add_argument("--out", type=Path, help="default: audit-attacks_<processor>_<date>.md")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -213,6 +214,8 @@ def main(words: list[str] | None = None) -> None:
     cells = [
         one for one in settings(list(models), options.seeds) if not options.only or options.only in one.name
     ]
+    if options.report_only:
+        cells = [one for one in cells if (options.kept / f"{one.name}.json").exists()]
     if options.shadows and options.only == "shadows":
         for name in options.shadows_for or models:
             train_shadow_models(
@@ -240,7 +243,8 @@ def main(words: list[str] | None = None) -> None:
         return
     figures = [json.loads((options.kept / f"{one.name}.json").read_text()) for one in cells]
     around = surroundings() | {"threads": 1}
-    command = command_line("benchmarks.audit_attacks", sys.argv[1:])
+    words = [word for word in sys.argv[1:] if word != "--report-only"]
+    command = command_line("benchmarks.audit_attacks", words)
     text = markdown(figures, described(around), command)
     write(
         options.out or default_path("audit-attacks"),

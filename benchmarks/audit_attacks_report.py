@@ -29,7 +29,9 @@ def markdown(cells: Sequence[Cell], around: str, command: str) -> str:
         _membership(trained),
         "Intervals at 95 %. `calibrated`, `RMIA` and `InfoRMIA` have the base model as their reference; `LiRA` and `shadows` "
         "have shadow models trained without privacy and without canaries. Epsilon: the largest lower bound of all attacks, "
-        "which pays for all (training that leaks no more than a Gaussian release).",
+        "which pays for all (training that leaks no more than a Gaussian release). The control tells how far apart the coins happened "
+        "to put members and non-members before any training: where its interval leaves out a half, by chance at this seed, loss "
+        "and Min-K%++ carry that difference, and calibrated scores its opposite: harder records gain more in training.",
         "## Canaries with a token of their own, black box",
         _canaries([*trained, *power]),
         "The score is how much a canary's loss fell, and needs no reference. Both bounds are one-run bounds at 95 %, on the 5 % "
