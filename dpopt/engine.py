@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ from dpopt.loader import private_loader
 from dpopt.mechanisms import GaussianMechanism
 from dpopt.sampling.registry import population, require_sized
 from dpopt.training import PrivateTraining
+
+if TYPE_CHECKING:
+    from dpopt.audit import Canaries, Evidence
 
 
 class PrivacyEngine:
@@ -129,6 +132,7 @@ class PrivacyEngine:
         max_clipbound: float | None = None,
         min_clipbound: float | None = None,
         unclipped_num_std: float | None = None,
+        audit: Canaries | None = None,
     ) -> tuple[Any, ...]:
         """Return (module, optimizer, loader), the first two as given; in ghost mode (module, optimizer, criterion, loader).
 
@@ -161,6 +165,7 @@ class PrivacyEngine:
             max_clipbound: with "adaptive", what it stays below.
             min_clipbound: with "adaptive", what it stays above.
             unclipped_num_std: with "adaptive", the standard deviation of the noise in the count of norms below.
+            audit: canaries, `dpopt.audit.Canaries(1000)`: `engine.evidence` is what the run leaked of them.
 
         Raises:
             ValueError: an argument that would weaken the guarantee, or that cannot be what was meant.
@@ -178,6 +183,7 @@ class PrivacyEngine:
             module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
             clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
             mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
+            audit=audit,
         )  # fmt: skip
         request.check()
         return self._made(request, noise_multiplier, None)
@@ -210,6 +216,7 @@ class PrivacyEngine:
         alphas: Sequence[float] | None = None,
         epsilon_tolerance: float | None = None,
         allow_large_delta: bool = False,
+        audit: Canaries | None = None,
     ) -> tuple[Any, ...]:
         """`make_private` with the least noise that keeps `epochs` epochs within (target_epsilon, target_delta).
 
@@ -224,6 +231,7 @@ class PrivacyEngine:
         - alphas: orders of Renyi divergences, for scripts that pass them; all orders are tried anyway.
         - epsilon_tolerance: how much of the target these epochs may leave (default: what 0.5 % of the noise is worth).
         - allow_large_delta: take a delta within which publishing a record counts as private.
+        - audit: as in `make_private`.
 
         Raises:
             ValueError: as `make_private`, and for a target that needs no noise or that no noise meets.
@@ -241,6 +249,7 @@ class PrivacyEngine:
             module=module, optimizer=optimizer, criterion=criterion, loader=data_loader, max_grad_norm=max_grad_norm,
             clipping=clipping, adaptive=adaptive, batch_first=batch_first, loss_reduction=loss_reduction,
             mode=grad_sample_mode, wrap_model=wrap_model, sampler=self._sampler, example_inputs=example_inputs,
+            audit=audit,
         )  # fmt: skip
         request.check()
         budget = Budget(target_epsilon, target_delta, allow_large_delta)
@@ -316,6 +325,11 @@ class PrivacyEngine:
             )
         return self._training
 
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What the newest run leaked of its canaries, where it was audited, once it has ended: `detach()` first."""
+        return self.training.evidence
+
     def save_checkpoint(
         self,
         *,
@@ -334,7 +348,7 @@ class PrivacyEngine:
             path: a file, written whole or not at all, or an object with `write`.
             module: whose `state_dict()` is saved.
             optimizer: whose `state_dict()` is saved.
-            noise_scheduler: one of `dpopt.compatibility.schedulers`.
+            noise_scheduler: one of the schedulers in `dpopt`.
             grad_clip_scheduler: another.
             checkpoint_dict: more to save, of tensors, numbers, texts, lists and dicts; read without running code.
             module_state_dict_kwargs: arguments of `module.state_dict`.
@@ -495,6 +509,7 @@ class PrivacyEngine:
             insecure_seed=self._insecure_seed,
             # A program that makes two runs of one engine has said what each of them is.
             new_configuration=self._new_configuration or self._training is not None,
+            audit=request.audit,
         )
         try:
             training.__enter__()

@@ -162,7 +162,7 @@ def private_loader(
     """`loader` with its batches replaced by Poisson draws; collate function and workers stay as they are."""
     num_records = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     return PrivateDataLoader(
-        loader.dataset,
+        training.joined(loader.dataset),  # pyright: ignore[reportArgumentType]
         batch_sampler=PoissonBatches(training, num_records, _epoch(training, loader), largest),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,

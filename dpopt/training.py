@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -39,6 +40,10 @@ from dpopt.sampling.registry import population
 from dpopt.sampling.sampler import Batch, Records, Sampling
 from dpopt.sampling.users import require_users, unit_of
 
+if TYPE_CHECKING:
+    from dpopt.audit import Canaries, Evidence
+    from dpopt.audit.audited import Audited
+
 
 class PrivateTraining:
     """A training run whose every released gradient is clipped, charged, noised, and only then written.
@@ -57,7 +62,9 @@ class PrivateTraining:
     expected batch size. `two_pass` runs two backwards on each loss and holds no
     layer's gradients: for checkpointed models, where one flat backward would hold every layer again; elsewhere it
     saves nothing. It takes half a step to a step more. `costs` decide how each layer's norm and sum are computed
-    (default: measured once on the model's device); `explain()` tells what was chosen.
+    (default: measured once on the model's device); `explain()` tells what was chosen. `audit` are canaries, made-up
+    records that are drawn, clipped, noised and paid for like the others: `sampling` is then that of a longer data set, and
+    `evidence` is what the run leaked of them, once it has ended (`dpopt.audit`).
 
         with PrivateTraining(model, clipper=FlatClipper(1.0), mechanism=GaussianMechanism(0.8),
                              sampling=poisson(num_records=len(data), batch_size=256)) as private:
@@ -98,8 +105,10 @@ class PrivateTraining:
         randomness: str = "fast",
         insecure_seed: int | None = None,
         new_configuration: bool = False,
+        audit: Canaries | None = None,
     ) -> None:
         refuse_distributed()
+        sampling = sampling if audit is None else audit.widened(sampling)
         if budget is not None:
             require_small_delta(budget, population(sampling))
         examine(model, model_inputs(example_inputs, model), batch_dim=batch_dim)
@@ -140,6 +149,9 @@ class PrivateTraining:
         self._factor = sampling.expected_batch_size if sum_gradients else 1.0
         self._check_mechanism()
         scaled(mechanism_of(self.estimator, mechanism, 0), math.sqrt(self._stage.rounds))
+        self._audit = (
+            None if audit is None else _audited(audit, sampling, self.estimator, mechanism, self.sum)
+        )
         self.accountant.curve(self.event)  # refuses what has no price under this relation
         self.noise_stds: dict[str, float] = {}
         """The standard deviation of the noise in each `.grad` of the last release; empty where it is of several."""
@@ -158,9 +170,13 @@ class PrivateTraining:
             self._tier = self._new_tier()
             self._dataset = None
             self.estimator = self.estimator.fresh()  # what is hidden was priced for one run
+        told = None if self._audit is None else self._audit.toss(self._tier.key)
         ledger = self._account.open(self._prices.at(0))
         try:
-            self._account.begin(ledger, self._configuration(), self._prices, self.sampling.steps_per_charge)
+            config = self._configuration() | ({} if told is None else {"audit": told})
+            self._account.begin(ledger, config, self._prices, self.sampling.steps_per_charge)
+            if self._audit is not None:
+                self._audit.begin(self._account.path, ledger.num_charges)
             self._watch.attach(partial(self.__exit__, None, None, None))
         except BaseException:
             self._account.give_up(ledger)
@@ -177,6 +193,8 @@ class PrivateTraining:
             self.sum.checks.detach()
         self.sum.end()
         self._account.close()
+        if self._audit is not None:
+            self._audit.close(self._account.path)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrivateTraining:
         """The run itself, for copies of what holds it: a ledger has one writer."""
@@ -205,7 +223,10 @@ class PrivateTraining:
     @property
     def event(self) -> Event:
         """What the next charge pays for, a step or a whole round: from the sampler and the mechanism that run."""
-        return self._prices.at(0 if self._payments is None else self._payments.number(self._begun))
+        known = self._prices
+        if self._priced is not None and self._priced.every is not None:
+            return self._priced.every
+        return known.at(0 if self._payments is None else self._payments.number(self._begun))
 
     @property
     def _prices(self) -> Prices:
@@ -230,11 +251,14 @@ class PrivateTraining:
 
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
-        require_open(self._open)
+        if not self._open:
+            require_open(self._open)
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
-        return Draw(self._tier.draw(self.sampling, num_records, *rounds.place(number)), number)
+        more = 0 if self._audit is None else self._audit.num_places
+        drawn = self._tier.draw(self.sampling, num_records + more, *rounds.place(number))
+        return Draw(drawn if self._audit is None else self._audit.part(number, drawn, num_records), number)
 
     def begin(self, number: int, num_drawn: int, records: Sequence[int] | None = None) -> None:
         """Open the step of draw `number`, which holds `num_drawn` examples; a draw passed over is not released.
@@ -253,6 +277,8 @@ class PrivateTraining:
             two_points=stage.previous is not None,
         )
         self._begun, self._stage = number, stage
+        if self._audit is not None:
+            self._audit.start(number)
 
     def batches(
         self, dataset: Records[object] | Sequence[object], *, steps: int | None = None
@@ -260,11 +286,16 @@ class PrivateTraining:
         """Draw `steps` batches of `dataset` (default: all that the budget affords); release each before the next."""
         require_users(self.sampling, dataset)
         self._require_places(dataset)
+        items = self.joined(dataset)
         for _ in range(self.payments.settled(steps, self.steps)):
             draw = self.draw(len(dataset))
             self.begin(draw.number, len(draw.indices), draw.indices)
-            yield Batch(tuple(dataset[i] for i in draw.indices), tuple(draw.indices))
+            yield Batch(tuple(items[i] for i in draw.indices), tuple(draw.indices))
             self.sum.admission.require_ended()
+
+    def joined(self, dataset: Records[object]) -> Records[object]:
+        """The data set, with the items of input canaries behind it where the run is audited with such."""
+        return dataset if self._audit is None else self._audit.joined(dataset)
 
     def _require_places(self, dataset: Sized) -> None:
         known = self._stage.contribution.num_records
@@ -400,8 +431,11 @@ class PrivateTraining:
         self.payments.rounds.close(draw)
         try:
             # The record's own number is the domain: whatever is tried again pays again, and gets other noise.
-            size = self.sampling.expected_batch_size
-            released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size)
+            size, audit = self.sampling.expected_batch_size, self._audit
+            seen = None if audit is None else audit.join()
+            released = release(self._stage, self.sum, mechanism, self._tier, record.seq, size, seen)
+            if audit is not None:
+                audit.end_step()
             parameters = self.sum.tape.parameters
             write_gradients(parameters, times(released.gradient, self._factor))
             told = released.stds if self._stage.direct else {}
@@ -433,6 +467,21 @@ class PrivateTraining:
             self.payments.settle(self._prices)
         if estimator is not None:
             self.estimator = estimator.fresh()
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What an audited run leaked of its canaries, the most direct first; once it has ended.
+
+        Raises:
+            RuntimeError: the run is open, has released nothing, or has no audit.
+        """
+        found = None if self._audit is None or self._open else self._audit.evidence
+        if found is None:
+            raise RuntimeError(
+                "expected an audited run that has ended; got one that is open, released nothing or has no audit, whose coins "
+                "are not opened; pass audit=Canaries(1000), and ask after the `with` statement"
+            )
+        return found
 
     def note_buffers(self) -> None:
         """Take the model's buffers as they are for public, when a public checkpoint was loaded: they may differ."""
@@ -485,3 +534,13 @@ class PrivateTraining:
             accountant=self.accountant.name, randomness=self._randomness, assumptions=self._tier.assumptions,
             budget=self._account.budget, insecure_seed=self.insecure_seed,
         )  # fmt: skip
+
+
+def _audited(
+    canaries: Canaries, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
+) -> Audited:
+    from dpopt.audit.audited import (
+        Audited,  # with it come bounds and their statistics, which other runs do not need
+    )
+
+    return Audited(canaries, sampling, estimator, mechanism, step)

@@ -90,7 +90,7 @@ class Sums:
             real &= self.keep.to(norms.device)
         weights = {
             prefix: torch.where(real, clipper.weights(norms, row) * scale, 0.0)
-            for prefix, clipper in self.contribution.clippers.items()
+            for prefix, clipper in (("", self.contribution.clipper), *self.contribution.beside.items())
         }
         counts = {
             name: torch.where(real.unsqueeze(1), count.values(norms), 0.0)
@@ -186,9 +186,11 @@ class Clipping:
         """Measure; clip the group where this was its last parameter."""
         row = self._sums.rows[name]
         held = self._held[row]
-        settled_grads, self._sums.choices[name] = settled(grads, self._sums.costs)
-        held[name] = self._sums.moved(name, settled_grads, num_examples)
-        self._norms[row][name] = norms(held[name], self._sums.space)
+        found, self._sums.choices[name] = settled(grads, self._sums.costs)
+        if self._sums.contribution.moved is not None:
+            found = self._sums.moved(name, found, num_examples)
+        held[name], space = found, self._sums.space
+        self._norms[row][name] = found.norms(space) if isinstance(found, Outer) else norms(found, space)
         # One group is left to the end of the backward: until then a failure costs nothing.
         if len(self._held) > 1 and all(
             other in held or self._idle(other) for other in self._sums.groups[row]
@@ -225,7 +227,9 @@ class Clipping:
         """Squared norms; examples of `held` that cancel are measured again, where that does not stop a queue."""
         squares = {name: x.squares for name, x in found.items()}
         wait = len(self._held) == 1 or all(x.device.type == "cpu" for x in squares.values())
-        for name, fine in refined(held, found).items() if wait else ():
+        # Only where rounding up is told of can it show.
+        told = wait and any(x.margins is not None for x in found.values())
+        for name, fine in refined(held, found).items() if told else ():
             held[name], squares[name] = fine, fine.remeasured(squares[name])
         return list(squares.values())
 

@@ -48,7 +48,7 @@ class Dense:
     def weighted_sum(self, weights: Tensor, into: Tensor | None = None) -> Tensor:
         """(*shape)."""
         values = flat_rows(widen(self.values))
-        total = (weights.to(values.dtype) @ values).view(self.shape)
+        total = (weights.to(values.dtype) @ values).view(self.values.shape[1:])
         return total if into is None else into.add_(total)
 
     def masked(self, keep: Tensor) -> Dense:

@@ -172,7 +172,7 @@ class Outer:
         self, weights: Tensor, into: Tensor | None = None, space: Workspace | None = None
     ) -> Tensor:
         """(*shape), as one matrix product per group over all examples and positions."""
-        if self.left.is_cuda and kernels.serves_total(self.left, self.right, into):
+        if kernels.serves_total(self.left, self.right, into):
             total = torch.zeros(self.shape, device=self.left.device) if into is None else into
             return kernels.weighted_sum(self.left, self.right, weights, total)
         scaled_left = self.left.shape[-1] <= self.right.shape[-1]

@@ -80,6 +80,7 @@ class Choice(NamedTuple):
     why: str
 
 
+@lru_cache(maxsize=4096)
 def choose(sizes: Sizes, costs: Costs) -> Choice:
     """The fastest path for a gradient of these sizes whose memory is under the cap.
 

@@ -20,7 +20,6 @@ from clipping.gradients.sample_grads import SampleGrads
 from clipping.modules.output_fingerprints import alike, fingerprint, tolerance_of
 from clipping.reruns.checkpointing import unpacked
 from clipping.reruns.draws import Draw, TakingDown, Unreplayable
-from clipping.reruns.nested_values import is_floating
 from clipping.reruns.one_example import LOOP, VMAP, Batch, BatchDims, Engine, Found, backward
 from clipping.reruns.reruns import Rerun, Strayed
 
@@ -32,7 +31,8 @@ def batch_dim_of(value: object, num_examples: int, batch_dim: int) -> int | None
     if not isinstance(value, Tensor):
         return None
     # Sequence-first models keep the batch first in what has no sequence: cell states (B, D), masks (B, T).
-    for dim in (batch_dim, 0) if value.dim() > 2 or not is_floating(value) else (0,):
+    single = value.dim() <= 2 and (value.is_floating_point() or value.is_complex())
+    for dim in (0,) if single else (batch_dim, 0):
         if value.dim() > dim and value.shape[dim] == num_examples:
             return dim
     return None

@@ -122,6 +122,8 @@ def understood(layer: Layer, found: dict[str, SampleGrads], num_examples: int) -
             f"expected the rule of layer {layer.name or 'model'!r} to return gradients of {sorted(layer.names)}; got "
             f"none of {missing}; return them, or freeze these parameters"
         )
+    if found.keys() <= layer.names.keys():
+        return found
     return {name: grads for name, grads in found.items() if name in layer.names}
 
 

@@ -24,16 +24,19 @@ class Turns:
     def __init__(self) -> None:
         self.turn: object = object()
         """The one that runs: origins of another are of other examples."""
+        self.delivering: tuple[Origin, object | None] | None = None
+        """The origin and the unit for which it was asked last: what holds for one layer of them holds for the next."""
         self._units: WeakKeyDictionary[Origin, object] = WeakKeyDictionary()
 
     def renew(self) -> None:
         """Begin a turn: forward calls made before are of other examples."""
         self.turn = object()
-        self._units.clear()
+        self.forgive()
 
     def forgive(self) -> None:
         """Forget what was clipped: the sum it went to was dropped."""
         self._units.clear()
+        self.delivering = None
 
     def require(self, origin: Origin, unit: object | None) -> None:
         """Raise RuntimeError where `origin` cannot deliver to `unit`; None stands for one that adds nothing."""
@@ -43,11 +46,10 @@ class Turns:
                 "was drawn, whose examples this step does not account for, or before a public step, which moved the "
                 "weights; run the model after it, and detach what is carried over from earlier batches"
             )
-        if unit is None:
-            return
-        if self._units.setdefault(origin, unit) is not unit:
+        if unit is not None and self._units.setdefault(origin, unit) is not unit:
             raise RuntimeError(
                 "expected one backward through each forward of the model; got a second one, which would clip the same "
                 "examples twice; add the losses first, or send them back inside same_examples(), or run the "
                 "forward again after discard()"
             )
+        self.delivering = origin, unit

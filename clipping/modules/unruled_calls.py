@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from clipping.errors import MixesExamples
 from clipping.gradients.sample_grads import SampleGrads
 from clipping.modules.children_with_rules import Arrivals, Mark, OwnRun
+from clipping.modules.choice import settle
 from clipping.modules.detached_forward import Opening
 from clipping.modules.differentiation import Manner, Size, examples_of, ratios
 from clipping.modules.generic_rule import generic, marks_of
-from clipping.modules.independence import settle
 from clipping.modules.layers import Layer
 from clipping.modules.observed_forward import Expanded, Serves, Subject
 from clipping.reruns.draws import Unreplayable

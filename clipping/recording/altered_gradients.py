@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from clipping.errors import MixesExamples
-from clipping.recording.tap import Tap
+from clipping.recording.row_graph import points, tape_of
 from clipping.recording.tape import Tape
 
-TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 _tensor: Any = Tensor
 
 
@@ -101,7 +100,7 @@ def reaches(roots: Sequence[Any], tape: Tape) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) is TAP and node.call.deliver.__self__ is tape:
+        if any(tape_of(point) is tape for point in points(node)):
             return True
         stack += [below for below, _ in node.next_functions]
     return False

@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor
 from clipping.errors import MixesExamples
 from clipping.gradients.joined_rows import BLOCKS, CYCLES, RowMap, joined
 from clipping.gradients.sample_grads import SampleGrads
-from clipping.recording.backward_record import Record
 from clipping.recording.row_graph import Found, walk
 from clipping.recording.row_questions import MIXED, Question
 from clipping.recording.tap import Call, Point
@@ -37,6 +36,12 @@ EACH = "each"
 
 ENOUGH = 2
 """Times that a point is asked which nothing is sent back to: an adapter begins with zeros behind it."""
+
+
+class Counting(Protocol):
+    """What knows how many examples a backward is of, None before the first layer told."""
+
+    num_examples: int | None
 
 
 class Key(NamedTuple):
@@ -159,7 +164,7 @@ class Attribution:
         order = self._orders.get(_key(point))
         return num_rows != num_examples or (order is not None and order.is_always_asked)
 
-    def rows(self, record: Record, point: Point, num_rows: int, shape: Sequence[int] = ()) -> RowMap | None:
+    def rows(self, record: Counting, point: Point, num_rows: int, shape: Sequence[int] = ()) -> RowMap | None:
         """Whose the `num_rows` rows of a point are in this backward; None where each is an example.
 
         `shape` is that of its output, where rows may lie in two dimensions.
@@ -252,6 +257,8 @@ def regrouped(found: Mapping[str, SampleGrads], rows: RowMap | None) -> dict[str
 
 def rows_of(call: Call, outputs: Sequence[Tensor], batch_dim: int) -> int:
     """How many rows a call has: the examples, where it is an ordinary one."""
+    if call.kept is not None:
+        return call.kept.num_examples
     if call.fold is not None:
         return call.fold.num_examples
     dim = call.dims.outputs[0] if call.dims is not None else batch_dim if outputs[0].dim() > 2 else 0

@@ -6,7 +6,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,12 +32,6 @@ class Autocast(NamedTuple):
     device_type: str
     dtype: torch.dtype
     enabled: bool
-
-    @staticmethod
-    def of(device_type: str) -> Autocast:
-        """The state in force now."""
-        dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
-        return Autocast(device_type, dtype, enabled)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -111,6 +105,15 @@ class Tap(torch.autograd.Function):
             call: Call = ctx.call
             call.deliver(call, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *(None,) * ctx.num_saved)
+
+
+def tapped(
+    call: object, anchor: Tensor, outputs: Sequence[Tensor], inputs: Sequence[object]
+) -> Sequence[Tensor]:
+    """`outputs` through a tap that delivers `call`, with the tensors among its inputs, in the backward."""
+    given = [x.detach() for x in inputs if isinstance(x, Tensor)]
+    found = Tap.apply(call, anchor, len(outputs), *outputs, *given)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _is_run(node: object) -> bool:

@@ -5,19 +5,17 @@ Each recorded layer runs its forward with *detached* parameters and its outputs 
 identity whose backward hands (inputs, output gradient) to the layer's rule. Autograd therefore never forms a
 weight gradient, activations are saved through autograd (so checkpointing and offloading hold), and a hook on
 each parameter refuses any gradient that takes another way. A parameter goes to the backward's collector as
-soon as no call that is left can add to it; a backward that raises drops its collector.
+soon as no call that is left can add to it (`clipping.recording.deliveries`).
 
 Shapes: B examples.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,41 +24,31 @@ from torch.utils.hooks import RemovableHandle
 
 from clipping.collectors.collector import Begin
 from clipping.errors import UnrecordedParameter
-from clipping.gradients.joined_rows import RowMap
-from clipping.gradients.sample_grads import SampleGrads
-from clipping.modules.children_with_rules import Arrivals
 from clipping.modules.detached_forward import Frames
 from clipping.modules.generic_rule import BatchDims
 from clipping.modules.heard_calls import Ear
-from clipping.modules.layers import Layer, entries, recorded_layers, understood
+from clipping.modules.layers import Layer, entries, recorded_layers
 from clipping.modules.replay import Origin, Turns
-from clipping.modules.unruled_calls import Begun, Kept, Ran, Unruled, refuse_otherwise
-from clipping.recording.backward_record import Record
+from clipping.modules.unruled_calls import Begun, Ran, Unruled
 from clipping.recording.call_checks import (
-    LOW,
-    batch_first,
-    only,
     refuse_opaque,
     refuse_packed,
-    refuse_rounded,
     sees_the_batch,
 )
+from clipping.recording.deliveries import TENSOR, Deliveries
 from clipping.recording.folded_positions import Folds
-from clipping.recording.row_attribution import Attribution, regrouped, rows_of
+from clipping.recording.row_attribution import Attribution, rows_of
 from clipping.recording.row_graph import losses_below
-from clipping.recording.tap import Autocast, Call, Point, Refusal, Tap, refuse_taped
+from clipping.recording.tap import Autocast, Call, Point, Refusal, refuse_taped, tapped
 from clipping.recording.torch_compile import HOOK_GUARDS, untraced
 from clipping.reruns.nested_values import Structure, flatten, unflatten
-from clipping.rounding.exact_products import exact_products
 from clipping.rules.dropouts import draws_masks, layer_batch_dim
-from clipping.rules.packed_sequences import packed_input, padded_gradients
+from clipping.rules.packed_sequences import packed_input
 from clipping.rules.registry import Inputs
 from clipping.shared_values.example_free import Constants
 from clipping.shared_values.first_meetings import Meeting
-from clipping.shared_values.shared_calls import SharedCall, gradients_at
-from clipping.shared_values.shared_values import Home, Shares
-
-_TENSOR = object()
+from clipping.shared_values.followed_forward import Home
+from clipping.shared_values.shared_values import Shares
 
 
 class _Returned(NamedTuple):
@@ -97,46 +85,43 @@ class Tape:
     (test_guarantee_autograd_never_writes_a_gradient).
     """
 
+    num_examples_seen: int | None = None
+    """The size of the batch that the model was called with last, None where it took no tensor."""
+    is_paused: bool = False
+    """Whether calls are not recorded now: in `paused`, or in `set_aside`."""
+    is_aside: bool = False
+    """Whether the model runs as if no tape were there."""
+    is_rerunning: bool = False
+    """Whether a module without a rule runs again now, which is no use of it."""
+
     def __init__(self, model: nn.Module, begin: Begin, *, batch_dim: int = 0, mean: bool = False) -> None:
         self.model = model
         self.batch_dim = batch_dim
-        self._mean = mean
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self.layers = recorded_layers(model)
-        self._begin = begin
         self._calls: dict[str, WeakSet[Point]] = {name: WeakSet() for name in self.parameters}
         self._by_module = {id(layer.module): layer for layer in self.layers}
         self._may_draw = {id(x.module) for x in self.layers if layer_batch_dim(x.module) is not None}
         self._anchor = torch.zeros((), requires_grad=True, device="cpu")
-        known = {id(p): name for name, p in self.parameters.items()}
-        self._valve = [False]
-        self._shares = Shares(
-            Home(known, Constants(model), self._anchor, self._register, self._arrive, set(), self._valve)
-        )
-        self.attribution = Attribution(self._anchor)
         self._hooks: list[RemovableHandle] = []
         self._frames = Frames()
         self._unruled = Unruled(self.layers, self.parameters, batch_dim, self._serves, self._expanded_child)
+        self.attribution = Attribution(self._anchor)
+        self.turns = Turns()
+        self.deliveries = Deliveries(
+            self, begin, self._calls, self.attribution, self.turns, self._unruled, self._again, mean=mean
+        )
+        known = {id(p): name for name, p in self.parameters.items()}
+        take, valve = self.deliveries.arrive, self.deliveries.valve
+        self._shares = Shares(Home(known, Constants(model), self._anchor, self._register, take, set(), valve))
         self._children: set[int] = set()
         self._folds = Folds(self.layers, batch_dim)
-        self.num_examples_seen: int | None = None
-        """The size of the batch that the model was called with last, None where it took no tensor."""
         self._root_dims = 0
         self._entries = entries(model, self.layers)
         self._entry: nn.Module | None = None
         self._ear: Ear | None = None
-        self.is_rerunning = False
-        """Whether a module without a rule runs again now, which is no use of it."""
-        self.is_paused = False
-        """Whether calls are not recorded now: in `paused`, or in `set_aside`."""
-        self.is_aside = False
-        """Whether the model runs as if no tape were there."""
-        self.turns = Turns()
         self._origin: Origin | None = None
-        self._records: WeakValueDictionary[int, Record] = WeakValueDictionary()
-        # Devices have a thread each in a backward; two of them must not begin a record each.
-        self._lock = threading.RLock()
 
     def attach(self) -> Tape:
         """Register the hooks."""
@@ -213,6 +198,11 @@ class Tape:
         self._shares.doubt()
         self.attribution.doubt()
         self._unruled.doubt()
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a backward runs that only asks whose rows are; it delivers nothing."""
+        return self.attribution.asking
 
     def attribute(self, gates: Sequence[Any], num_examples: int) -> None:
         """Find out whose the rows of layers are, where they are not the examples; see `clipping.recording.row_attribution`.
@@ -431,7 +421,7 @@ class Tape:
         if not returned.floating:
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        autocast = Autocast.of(returned.floating[0].device.type)
+        autocast = _autocast(returned.floating[0].device.type)
         shared = None
         # The module's own parameters are followed by autograd, or a trial has shown one row for each example.
         if ran is None or (
@@ -440,19 +430,19 @@ class Tape:
             shared = self._shares.handed_out(layer, inputs, returned.floating, autocast, in_backward)
         if isinstance(shared, list):
             return returned.with_floating(shared)
-        in_leaves, in_structure = [inputs.args[0]], None
-        if not plain:
-            in_leaves, in_structure = flatten((inputs.args, dict(inputs.kwargs)))
+        in_leaves, in_structure = (
+            ([inputs.args[0]], None) if plain else flatten((inputs.args, dict(inputs.kwargs)))
+        )
         spread, floating = None, returned.floating
         if shared is not None:
             spread, floating, ran = floating[0].shape, [shared], None
         elif ran is not None:
             layer, in_leaves = ran.kept.recorded(layer), ran.leaves
         call = Call(
-            self._deliver,
+            self.deliveries.deliver,
             layer,
             in_structure,
-            tuple(_TENSOR if isinstance(x, Tensor) else x for x in in_leaves),
+            tuple(TENSOR if isinstance(x, Tensor) else x for x in in_leaves),
             returned.dims,
             autocast,
             in_backward,
@@ -461,173 +451,14 @@ class Tape:
             ran and ran.kept,
             spread,
         )
-        if plain or packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
-            self.attribution.note(call, self._rows_of(call, floating))
-        tapped = self._tap(call, floating, in_leaves, None if ran is None else ran.wait)
-        return returned.with_floating(tapped)
-
-    def _tap(
-        self, call: Call, floating: Sequence[Tensor], leaves: Sequence[object], wait: Arrivals | None
-    ) -> Sequence[Tensor]:
-        """`floating`, through a tap that delivers `call` in the backward."""
-        if (
-            not call.in_backward
-        ):  # a recomputed checkpoint runs layers again, in a graph that no backward visits
+        if not in_backward:  # a recomputed checkpoint runs layers again, in a graph that no backward visits
             for name in set(call.layer.names.values()):
                 self._calls[name].add(call)
-        tensors = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        given = call if wait is None else wait.of(call)
-        tapped = Tap.apply(given, self._anchor, len(floating), *floating, *tensors)
-        return tapped if isinstance(tapped, tuple) else (tapped,)
-
-    # -- backward ---------------------------------------------------------------------------------------
-
-    def _rows_of(self, call: Call, outputs: list[Tensor]) -> int:
-        return rows_of(call, outputs, self.batch_dim) if call.kept is None else call.kept.num_examples
-
-    def _deliver(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if self.attribution.asking:
-            return self.attribution.see((call,), grads)
-        with self._lock:
-            self._take(call, saved, grads)
-
-    def _arrive(self, meetings: Sequence[Meeting], grad: Tensor, own: Callable[[], Sequence[Tensor]]) -> None:
-        """Take the gradients, by rows, of values that serve all examples."""
-        if self.attribution.asking:
-            return self.attribution.see(meetings, (grad,))
-        with self._lock:
-            record = self._record(meetings[0].origin, meetings[0].names[0])
-            refuse_rounded(meetings[0].names[0], (grad,), mean=self._mean)
-            for meeting, mine in zip(meetings, own(), strict=True):
-                rows = self.attribution.rows(record, meeting, meeting.place.rows)
-                self._valve[0] = True
-                try:
-                    found = gradients_at(meeting, mine, rows, self._again) if record.num_examples else {}
-                finally:
-                    self._valve[0] = False
-                with exact_products():
-                    record.take(meeting, meeting.names, found)
-
-    def _record(self, origin: Origin, name: str) -> Record:
-        """That of the running backward."""
-        if self.is_paused:
-            raise RuntimeError(
-                f"expected nothing to record while paused; got a backward through {name!r}, which ran "
-                "before the pause; run the model inside the same block as the backward"
-            )
-        task = torch._C._current_graph_task_id()
-        record = self._records.get(task)
-        if record is None:
-            # Only the callback holds the record: a backward that raises drops both.
-            record = self._records[task] = Record(self._begin, self._calls, self._lock)
-            torch.autograd.Variable._execution_engine.queue_callback(record.complete)
-        self.turns.require(origin, record.unit)
-        return record
-
-    def _take(self, call: Call, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        if call.in_backward:
-            raise RuntimeError(
-                f"expected layer {call.layer.name!r} to run before the backward; got reentrant gradient "
-                "checkpointing, which hides layers from the record; use use_reentrant=False (in transformers: "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
-            )
-        record = self._record(call.origin, call.layer.name)
-        if any(grad is not None and grad.dtype in LOW for grad in grads):
-            refuse_rounded(call.layer.name, grads, mean=self._mean)
-        supply = iter(saved)
-        leaves = [next(supply) if x is _TENSOR else x for x in call.constants]
-        names = call.layer.names
-        if call.kept is not None:
-            local = self._apply_generic(record, call, call.kept, leaves, grads)
-            with exact_products():
-                record.take(call, names.values(), {names[name]: value for name, value in local.items()})
-            return
-        args, kwargs = (tuple(leaves), {}) if call.structure is None else unflatten(leaves, call.structure)  # pyright: ignore[reportGeneralTypeIssues]
-        inputs = Inputs(args, kwargs)
-        # A layer that runs again must do so as it ran; a rule's products are exact.
-        again = call.spread is not None or call.dims is not None
-        found = self._found_again(record, call, inputs, grads) if again else {}
-        with exact_products():
-            if not again:
-                local = self._apply_rule(record, call, inputs, grads)
-                found = {names[name]: value for name, value in local.items()}
-            record.take(call, names.values(), found)
-
-    def _found_again(
-        self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
-    ) -> dict[str, SampleGrads]:
-        """By parameter name, where the layer runs again for it."""
-        if call.spread is not None:
-            return self._apply_spread(record, call, inputs, only(call.layer, grads))
-        names = call.layer.names
-        return {names[n]: value for n, value in self._apply_rule(record, call, inputs, grads).items()}
-
-    def _apply_spread(
-        self, record: Record, call: Call, inputs: Inputs, grad: Tensor
-    ) -> dict[str, SampleGrads]:
-        assert call.spread is not None
-        rows = self.attribution.rows(record, call, grad.shape[0])
-        if not record.num_examples:
-            return {}
-        grad = grad if rows is None else rows.summed(grad)
-        shared = SharedCall(call.layer, inputs, (), (call.spread,), call.autocast)
-        return shared.gradients([grad.reshape(grad.shape[0], *call.spread)], self._again)
-
-    def _apply_rule(
-        self, record: Record, call: Call, inputs: Inputs, grads: tuple[Tensor | None, ...]
-    ) -> dict[str, SampleGrads]:
-        layer, dims = call.layer, call.dims
-        if call.fold is not None:
-            inputs, grads = call.fold.unfolded(inputs, grads)
-        if call.structure is not None:
-            grads = padded_gradients(inputs, grads)
-        if dims is None:
-            grad = grads[0] if len(grads) == 1 and grads[0] is not None else only(layer, grads)
-            if self.batch_dim:
-                inputs, grad = batch_first(inputs, grad, self.batch_dim)
-            assert layer.rule is not None
-            rows = self.attribution.rows(record, call, grad.shape[0], grad.shape)
-            # An empty batch has no gradients, and rules could not tell its other dimensions.
-            if not grad.shape[0]:
-                return {}
-            if rows is not None and rows.depth > 1:
-                grad = grad.flatten(0, 1)
-                inputs = Inputs(*pytree.tree_map(rows.flat, (inputs.args, dict(inputs.kwargs))))
-            num_rows = grad.shape[0]
-            found = layer.rule.function(layer.module, inputs, grad)
-            found = understood(layer, found, num_rows)
-            return found if rows is None else regrouped(found, rows)
-        num_rows, rows = self._rows(record, call, grads, dims.outputs)
-        if not num_rows:
-            return {}
-        with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
-            assert layer.rule is not None
-            found = layer.rule.function(layer.module, inputs, grads)
-            return regrouped(understood(layer, found, num_rows), rows)
-
-    def _apply_generic(
-        self, record: Record, call: Call, kept: Kept, leaves: list[object], grads: tuple[Tensor | None, ...]
-    ) -> dict[str, SampleGrads]:
-        rows = self.attribution.rows(record, call, kept.num_examples)
-        if not kept.num_examples:
-            return {}
-        with self._again(), torch.autocast(*call.autocast, cache_enabled=False):
-            found, same = self._unruled.gradients(call.layer, kept, leaves, grads)
-        record.check(
-            partial(refuse_otherwise, call.layer, same), now=same is None or same.device.type == "cpu"
-        )
-        return regrouped(found, rows)
-
-    def _rows(
-        self, record: Record, call: Call, grads: Sequence[Tensor | None], dims: Sequence[int | None]
-    ) -> tuple[int, RowMap | None]:
-        """The rows of the output gradients, 0 for an empty batch, and whose they are."""
-        found: tuple[int, RowMap | None] = 0, None
-        for grad, dim in zip(grads, dims, strict=True):
-            if grad is not None:
-                num_rows = grad.shape[dim] if dim is not None and grad.dim() > dim else 0
-                found = num_rows, self.attribution.rows(record, call, num_rows)
-        return found
+        if plain or packed_input(inputs) is None:  # the rows of packed outputs are positions, by length
+            self.attribution.note(call, rows_of(call, floating, self.batch_dim))
+        wait = None if ran is None else ran.wait
+        outputs = tapped(call if wait is None else wait.of(call), self._anchor, floating, in_leaves)
+        return outputs[0] if plain else returned.with_floating(outputs)
 
 
 def _is_plain(inputs: Inputs) -> bool:
@@ -637,3 +468,10 @@ def _is_plain(inputs: Inputs) -> bool:
 
 def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _autocast(device_type: str) -> Autocast:
+    """The mixed precision in force now."""
+    return Autocast(
+        device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    )

@@ -8,7 +8,7 @@ small by far where the positions of an example cancel, and the clipped gradient 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -33,10 +33,20 @@ def _exact(value: str) -> bool:
     return value == EXACT or (value == "none" and inherited in ("none", EXACT))
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
+def exact_products() -> AbstractContextManager[None]:
     """Full float32 in every product inside; the user's settings stand again afterwards."""
     places = _places()
+    lowered = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or not places
+    if lowered or not all([_exact(place.fp32_precision) for place in places]):  # pyright: ignore[reportAttributeAccessIssue]
+        return _made_exact(places)
+    return _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _made_exact(places: tuple[object, ...]) -> Iterator[None]:
     with ExitStack() as after:
         for device_type in _AUTOCAST:
             if torch.is_autocast_enabled(device_type):  # a backward inside the block runs under it too

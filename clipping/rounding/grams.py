@@ -143,8 +143,8 @@ class Workspace:
         self._values = self._gram = None
 
     def scaled(self, values: Tensor, scale: Tensor) -> Tensor:
-        """`values` times `scale` in the dtype in which they are summed, valid until the next call."""
-        dtype = widen(scale[:0]).dtype
+        """`values` times `scale` in the dtype of `scale`, that in which they are summed, valid until the next call."""
+        dtype = scale.dtype
         size, key = values.numel(), (dtype, values.device)
         known = self._scratch.get(key)
         if known is None or known.numel() < size:

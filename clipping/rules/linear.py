@@ -30,7 +30,10 @@ def linear(layer: nn.Module, inputs: Inputs, grad: Tensor) -> dict[str, SampleGr
     found: dict[str, SampleGrads] = {}
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is not None and weight.requires_grad:
-        found["weight"] = Outer(_positions(grad), _positions(as_multiplied(inputs.first, grad)), weight.shape)
+        given: Tensor = inputs.args[0] if inputs.args else inputs.first  # pyright: ignore[reportAssignmentType]
+        if given.dtype != grad.dtype:
+            given = as_multiplied(given, grad)
+        found["weight"] = Outer(_positions(grad), _positions(given), weight.shape)
     if bias is not None and bias.requires_grad:
         found["bias"] = bias_grads(grad)
     return found

@@ -279,12 +279,23 @@ class StepSum:
                 "expected same_examples() to end before its sum is used; got a release inside the block, which has "
                 "clipped nothing yet; call it after the block"
             )
-        self.admission.require_whole()
+        if self.admission.unfinished:
+            self.admission.require_whole()
 
     def require_nothing_pending(self) -> None:
         """Raise RuntimeError where gradients of private examples wait for their release."""
         self.require_whole()
         self.admission.require_none_pending()
+
+    def join(self, found: dict[str, SampleGrads], num_examples: int) -> None:
+        """Add examples that come as gradients, and not through the model: the canaries of an audited run."""
+        held = Held(found, num_examples)
+        if self._held is not None:
+            self._held.append(held)
+            return
+        # Paths that were chosen are those of the records.
+        sums = replace(self.sums, choices={})
+        held.hand_over(Clipping(sums, held.idle, lambda num_examples: None))
 
     def clipped(self, contribution: Contribution | None = None) -> ClippedSum:
         """The clipped sum of the step, handed over: vectors that no example reached are zero.
@@ -328,7 +339,8 @@ class StepSum:
         """The collector of one backward."""
         if self.probing.chosen is not None:
             return self.probing.collector()
-        self.admission.require_drawn()
+        if self.admission.num_drawn is None:
+            self.admission.require_drawn()
         if self.checks is not None:
             self.checks.require_proven()
         if self._merging is not None:

@@ -82,18 +82,23 @@ def prices(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Pr
 
 
 class Priced(NamedTuple):
-    """Prices, and the parts of the run that they are of; `fixed` says that none of these can change within."""
+    """Prices, and the parts of the run that they are of; `fixed` says that none of these can change within.
+
+    `every` is what each charge costs, None: not all of them cost the same, or not for good.
+    """
 
     parts: tuple[Estimator, Sampling, Mechanism]
     prices: Prices
     fixed: bool
+    every: Event | None
 
     @staticmethod
     def of(estimator: Estimator, sampling: Sampling, mechanism: Mechanism) -> Priced:
         """The prices of a run of these parts."""
         parts = (estimator, sampling, mechanism)
         kinds = [getattr(type(part), "__dataclass_params__", None) for part in parts]
-        return Priced(parts, prices(*parts), all(kind is not None and kind.frozen for kind in kinds))
+        fixed, known = all(kind is not None and kind.frozen for kind in kinds), prices(*parts)
+        return Priced(parts, known, fixed, known.at(0) if fixed and known.constant else None)
 
 
 def require_priced(estimator: Estimator, relation: str) -> None:

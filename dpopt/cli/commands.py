@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dpopt.cli import accounting
+from dpopt.cli import accounting, audit_commands
 from dpopt.cli import ledger as ledgers
 from dpopt.cli.failures import exit_codes
 
@@ -238,6 +238,14 @@ def finetune(
         typer.Option(help="For adapter and dropout; never for noise or sampling.", rich_help_panel=_TRAINING),
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.", rich_help_panel=_TRAINING)] = "auto",
+    audit: Annotated[
+        str | None,
+        typer.Option(
+            help="Made-up records among the others, whose traces dpopt audit looks for: canaries=1000, or "
+            "canaries=500,kind=new-tokens (random-tokens, high-temperature).",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -298,6 +306,7 @@ def finetune(
             ledger=ledger,
             overwrite=overwrite,
             device=device,
+            audit=audit,
         )
         with Screen(Console(), errors) as screen:
             result = run(config, listener=screen)
@@ -319,3 +328,4 @@ app.command()(accounting.epsilon)
 app.command()(accounting.noise_multiplier)
 app.command("calibrate")(accounting.calibration)
 app.add_typer(ledgers.app, name="ledger")
+app.add_typer(audit_commands.app, name="audit")

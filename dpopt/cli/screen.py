@@ -95,6 +95,11 @@ class Screen:
         )
         self._console.print(f"Load it with [bold]{escape(loading)}[/]", highlight=False, soft_wrap=True)
         anchor = f"dpopt ledger verify {report.ledger} --head {report.ledger_head}"
+        if report.audit is not None:
+            asking = f"dpopt audit {result.out}"
+            self._console.print(
+                f"Ask what it leaked: [bold]{escape(asking)}[/]", highlight=False, soft_wrap=True
+            )
         self._console.print(
             f"Keep this line elsewhere, it shows that no charge was taken back: [bold]{escape(anchor)}[/]",
             highlight=False, soft_wrap=True,
@@ -142,10 +147,20 @@ def _claim(plan: RunPlan) -> Panel:
             ),
             ("estimator", f"{plan.estimator}: {privacy.estimator.guarantee}"),
             ("accountant", privacy.accountant),
+            *_audit(plan),
             ("ledger", str(plan.ledger)),
             ("out", str(plan.out)),
         ],
     )
+
+
+def _audit(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.audit is None:
+        return []
+    said = (
+        f"{plan.audit.num} canaries ({plan.audit.kind}), each in by a secret fair coin; they cost no budget"
+    )
+    return [("audit", said)]
 
 
 def _warnings(plan: RunPlan) -> list[str]:

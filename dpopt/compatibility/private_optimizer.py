@@ -210,7 +210,7 @@ class Attached:
             vars(self.optimizer).update({name: self._told[name] for name in odd})
             raise RuntimeError(
                 f"expected optimizer.{odd[0]} to be read only; got another value written, which would change nothing (it "
-                "has been put back); a schedule of the noise or the clip norm is one of dpopt.compatibility.schedulers, such as "
+                "has been put back); a schedule of the noise or the clip norm is one of those in dpopt, such as "
                 "LambdaNoise(optimizer, noise_lambda=...), made after make_private"
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,6 +26,9 @@ from dpopt.sampling.poisson import PoissonSampling
 from dpopt.sampling.registry import sized
 from dpopt.sampling.sampler import Sampling
 
+if TYPE_CHECKING:
+    from dpopt.audit import Canaries
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
@@ -44,6 +47,7 @@ class Request:
     wrap_model: bool
     sampler: str
     example_inputs: Tensor | tuple | Mapping[str, object] | None = None
+    audit: Canaries | None = None
 
     def check(self) -> None:
         """Refuse what cannot be trained privately, or cannot be meant."""
@@ -92,7 +96,7 @@ class Request:
     ) -> float:
         """The least noise multiplier of `epochs` epochs within `budget`."""
         check_real("epochs", epochs)
-        sampling = self.sampling
+        sampling = self.sampling if self.audit is None else self.audit.widened(self.sampling)
         each = sampling.steps_per_charge if sampling.steps_per_charge > 1 else len(self.loader)
         # The price is that of the step as a whole, however the count of adaptive clipping shares it.
         priced = replace(self, adaptive=self.adaptive._replace(unclipped_num_std=None))

@@ -10,6 +10,7 @@ from pathlib import Path
 from accountants import ADD_REMOVE
 from accountants.registry import ACCOUNTANTS
 from accountants.relations import check_relation
+from dpopt.audit.named import AuditRequest, parsed
 from dpopt.estimators.registry import INDIRECT, check_estimator
 from dpopt.finetune.record_files import InputError, RecordFormat
 from dpopt.finetune.updates import OPTIMIZERS
@@ -30,7 +31,8 @@ class FinetuneConfig:
     noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted.
     `optimizer` is one of `dpopt.finetune.updates.OPTIMIZERS`, and `averaging` the decay of a moving average of the weights,
     which is then what is evaluated and saved. `accountant` None is that of the ledger's last run, else "pld". `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
-    anything else that is charged or clipped has changed.
+    anything else that is charged or clipped has changed. `audit`, "canaries=1000" with a kind of `dpopt.audit.named.KINDS`
+    where wanted, adds made-up records whose traces `dpopt audit` looks for.
     """
 
     model: str | None = None
@@ -66,6 +68,7 @@ class FinetuneConfig:
     ledger: Path | None = None
     overwrite: bool = False
     device: str = "auto"
+    audit: str | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -73,6 +76,7 @@ class FinetuneConfig:
         _check_sampling(self)
         _check_estimator(self)
         _check_tuning(self)
+        self.audited()
         if self.steps is not None and self.epochs is not None:
             raise InputError("expected steps or epochs; got both; leave one out")
         if self.validation and not self.train:
@@ -84,6 +88,17 @@ class FinetuneConfig:
             raise InputError("expected validation files to declare public; got none; pass --validation")
         if self.form is not None and not self.train:
             raise InputError("expected training files to take fields from; got none; pass --train")
+
+    def audited(self) -> AuditRequest | None:
+        """The audit that is asked for.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            return None if self.audit is None else parsed(self.audit)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def _check_counts(config: FinetuneConfig) -> None:

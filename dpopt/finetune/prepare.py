@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from dpopt.budget.declaration import accountant_of
 from dpopt.budget.prices import require_priced
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.registry import Run, named_estimator
+from dpopt.finetune.auditing import LanguageCanaries, with_room
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.continued_ledger import LEDGER_NAME, REPORT_NAME, require_reported
 from dpopt.finetune.corpus import Corpus, load_corpus
@@ -55,6 +57,9 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
     )
     listener.stage("loading the model")
     name, model, tokenizer = _model(config)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_known = with_room(model, config.audited(), lora_rank=config.lora_rank)
     listener.stage("computing the noise")
     privacy = _privacy(config, corpus, model, config.ledger or out / LEDGER_NAME)
     max_tokens = _max_tokens(config, model)
@@ -76,8 +81,8 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         physical_batch_size=config.physical_batch_size,
         max_tokens=max_tokens,
         lora_rank=config.lora_rank,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
         public_validation=len(validation),
         validation_note=corpus.validation_note,
         eval_every=config.eval_every or max(1, math.ceil(privacy.steps / NUM_EVALUATIONS)),
@@ -88,8 +93,22 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
         device=str(device),
         out=out,
         ledger=config.ledger or out / LEDGER_NAME,
+        audit=config.audited(),
     )
-    return Prepared(plan, model.to(device), tokenizer, train, validation, device)
+    model = model.to(device)
+    audit = _audit(plan, model, tokenizer, num_known)
+    return Prepared(plan, model, tokenizer, train, validation, device, audit, num_known)
+
+
+def _audit(
+    plan: RunPlan, model: nn.Module, tokenizer: PreTrainedTokenizerBase, num_known: int | None
+) -> LanguageCanaries | None:
+    if plan.audit is None:
+        return None
+    known = cast("Any", model).get_input_embeddings().num_embeddings if num_known is None else num_known
+    return LanguageCanaries.made(
+        plan.audit, model, tokenizer, max_tokens=plan.max_tokens, num_known=known, seed=plan.seed
+    )
 
 
 def _free_out(config: FinetuneConfig) -> Path:
@@ -162,6 +181,7 @@ def _privacy(config: FinetuneConfig, corpus: Corpus, model: nn.Module, ledger: P
             sampler=config.sampler,
             relation=config.relation,
             allow_large_delta=config.allow_large_delta,
+            num_canaries=0 if (audit := config.audited()) is None else audit.num,
         )
     except UnpricedEvent as error:
         raise InputError(str(error)) from error

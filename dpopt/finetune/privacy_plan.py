@@ -23,6 +23,7 @@ from accountants import (
     accountant,
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
+from dpopt.audit.drawing import widened
 from dpopt.budget.budget import Budget, noise_within, require_needed, require_small_delta
 from dpopt.budget.prices import priced
 from dpopt.estimators.estimator import Estimator
@@ -56,11 +57,19 @@ class PrivacyPlan:
     estimator: Estimator
     sampler: str = "poisson"
     relation: str = ADD_REMOVE
+    num_canaries: int = 0
+
+    @property
+    def records_sampling(self) -> Sampling:
+        """The sampler of the records, before canaries join them."""
+        return sized(self.sampler, num_records=self.num_records, batch_size=self.batch_size)
 
     @property
     def sampling(self) -> Sampling:
-        """The sampler of the run."""
-        return sized(self.sampler, num_records=self.num_records, batch_size=self.batch_size)
+        """The sampler of the run, which is priced."""
+        return (
+            widened(self.records_sampling, self.num_canaries) if self.num_canaries else self.records_sampling
+        )
 
     @property
     def sampling_rate(self) -> float:
@@ -107,6 +116,7 @@ def plan_privacy(
     sampler: str = "poisson",
     relation: str = ADD_REMOVE,
     allow_large_delta: bool = False,
+    num_canaries: int = 0,
 ) -> PrivacyPlan:
     """Settle the noise for a budget, or the price of a noise, on top of what `ledger` holds already.
 
@@ -120,6 +130,7 @@ def plan_privacy(
     require_small_delta(Budget(math.inf, delta, allow_large_delta), num_records)
     spent = spent_before(ledger, relation)
     sampling = sized(sampler, num_records=num_records, batch_size=batch_size)
+    sampling = widened(sampling, num_canaries) if num_canaries else sampling
     rule = accountant(accountant_name, relation)
     budget = DEFAULT_EPSILON if epsilon is None and noise_multiplier is None else epsilon
     whole = priced(estimator, sampling, charges(sampling, steps))
@@ -148,6 +159,7 @@ def plan_privacy(
         estimator=estimator,
         sampler=sampler,
         relation=relation,
+        num_canaries=num_canaries,
     )
 
 

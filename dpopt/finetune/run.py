@@ -86,6 +86,8 @@ def finetune(config: FinetuneConfig, *, listener: Listener | None = None) -> Fin
             if private.steps == 0:
                 raise
             failure = error
+        if prepared.audit is not None:
+            prepared.audit.finish(prepared.num_known)
         report = build_report(plan, _outcome(run, private, failure))
         run.listener.stage("saving")
         try:
@@ -112,7 +114,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
         prepared.model,
         estimator=privacy.estimator,
         mechanism=GaussianMechanism(privacy.noise_multiplier),
-        sampling=privacy.sampling,
+        sampling=privacy.records_sampling,
         budget=_budget(privacy),
         ledger=plan.ledger,
         accountant_name=privacy.accountant,
@@ -123,6 +125,7 @@ def _private(prepared: Prepared) -> PrivateTraining:
         insecure_seed=plan.insecure_seed,
         # Without resume the plan has settled and shown what this run adds to the ledger.
         new_configuration=not plan.resume,
+        audit=None if prepared.audit is None else prepared.audit.canaries,
     )
 
 

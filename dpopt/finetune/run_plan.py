@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpopt.audit.named import AuditRequest
+from dpopt.finetune.auditing import LanguageCanaries
 from dpopt.finetune.language_model import Tokens
 from dpopt.finetune.privacy_plan import PrivacyPlan
 
@@ -43,6 +45,7 @@ class RunPlan:
     device: str
     out: Path
     ledger: Path
+    audit: AuditRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +58,5 @@ class Prepared:
     train: list[Tokens]
     validation: list[Tokens]
     device: torch.device
+    audit: LanguageCanaries | None = None
+    num_known: int | None = None

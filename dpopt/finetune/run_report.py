@@ -128,6 +128,7 @@ def build_report(plan: RunPlan, outcome: Outcome) -> Report:
         ledger_charges=outcome.num_charges,
         ledger_charges_before=privacy.num_spent,
         versions=versions(),
+        audit=None if plan.audit is None else f"{plan.audit.num} canaries ({plan.audit.kind})",
         curve=tuple((seen.step, seen.epsilon, seen.loss) for seen in outcome.history),
     )
 

@@ -89,3 +89,9 @@ def generator(key: RandomKey, *domain: str | int, device: torch.device | str = "
         return _cpu_generator(_material(key, domain, 4 * _WORDS))
     (seed,) = struct.unpack("<Q", _material(key, domain, 8))
     return torch.Generator(device=device).manual_seed(seed >> 1)
+
+
+def fair_coins(key: RandomKey, count: int, *domain: str | int) -> np.ndarray:
+    """(count,) booleans: independent fair coins, bits of SHAKE-256 of key and domain."""
+    material = _material(key, ("coins", *domain), -(-count // 8))
+    return np.unpackbits(np.frombuffer(material, dtype=np.uint8), count=count).astype(bool)

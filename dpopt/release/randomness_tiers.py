@@ -32,6 +32,11 @@ class Tier(Protocol):
     """Everything random in a run."""
 
     @property
+    def key(self) -> RandomKey:
+        """The root of it."""
+        ...
+
+    @property
     def assumptions(self) -> tuple[str, ...]:
         """What a bound on this run stands on, beyond its accountant's."""
         ...

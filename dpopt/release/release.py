@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from clipping import ClippedSum, Contribution, Group
@@ -22,10 +23,20 @@ class Released(NamedTuple):
     stds: dict[str, float]
 
 
+Seen = Callable[[Vectors, Mapping[str, float], float], object]
+"""(released vectors, deviations of their noise, divisor of both): told of each release."""
+
+
 def release(
-    stage: Stage, step: StepSum, mechanism: Mechanism, tier: Tier, charge: int, divisor: float
+    stage: Stage,
+    step: StepSum,
+    mechanism: Mechanism,
+    tier: Tier,
+    charge: int,
+    divisor: float,
+    seen: Seen | None = None,
 ) -> Released:
-    """Release a step: once, or `rounds` times.
+    """Release a step: once, or `rounds` times. What is released is public, and `seen` may look at it.
 
     Guarantees
     ----------
@@ -42,10 +53,12 @@ def release(
         if stage.fold is not None:
             clipped = stage.fold(clipped, step.hidden())
         stds = noise_stds(mechanism, clipped, divisor)
-        if number == 0:
-            return Released(tier.release(mechanism, clipped, charge, divisor), stds)
-        noisy = tier.release(mechanism, _numbered(clipped, number), charge, divisor)
-        return Released({name.removeprefix(_mark(number)): v for name, v in noisy.items()}, stds)
+        vectors = tier.release(mechanism, _numbered(clipped, number) if number else clipped, charge, divisor)
+        if number:
+            vectors = {name.removeprefix(_mark(number)): v for name, v in vectors.items()}
+        if seen is not None:
+            seen(vectors, stds, divisor)
+        return Released(vectors, stds)
 
     found = once(0, stage.contribution)
     for number in range(1, stage.rounds):

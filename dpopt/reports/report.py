@@ -11,7 +11,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -70,6 +70,8 @@ class Report:
     versions: Mapping[str, str]
     curve: tuple[tuple[int, float, float | None], ...]
     """(step, upper bound on epsilon, loss) over the run."""
+    audit: str | None = None
+    """The canaries in the run, whose traces `dpopt audit` looks for."""
 
     def to_json(self) -> str:
         """As JSON; an infinite number is the string "infinity"."""
@@ -123,7 +125,12 @@ def to_html(report: Report, picture: bytes) -> str:
     for title, points in _lists(report).items():
         items = "".join(f"<li>{escape(point)}</li>" for point in points)
         body.append(f"<h2>{escape(title)}</h2><ul>{items}</ul>")
-    head = f'<meta charset="utf-8"><title>{escape(report.title)}</title><style>{_STYLE}</style>'
+    return page(report.title, body)
+
+
+def page(title: str, body: Iterable[str], style: str = "") -> str:
+    """One HTML page that needs nothing else, in the looks of the reports; `body` is HTML, `style` more of CSS."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}{style}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
 
@@ -213,6 +220,11 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("Ledger id", f"`{report.ledger_id}`"),
             ("Ledger head", f"`{report.ledger_head}`"),
             ("Charges", f"{report.ledger_charges}, of which {report.ledger_charges_before} before this run"),
+            *(
+                ()
+                if report.audit is None
+                else (("Audit", f"{report.audit}, among the records; ask `dpopt audit`"),)
+            ),
             ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         ],
     }

@@ -51,7 +51,8 @@ class PoissonSampling:
 
     def draw(self, num_records: int, generator: torch.Generator, step: int = 0) -> list[int]:
         """Indices of one batch, in increasing order; possibly none."""
-        check_step(step, 1)
+        if step:
+            check_step(step, 1)
         # float64: a float32 uniform has 24 bits, which biases small rates.
         uniform = torch.rand(num_records, dtype=torch.float64, generator=generator, device=generator.device)
         return torch.nonzero(uniform < self.sampling_rate).flatten().tolist()

@@ -18,6 +18,7 @@ TINY = {
     "04_private_training": ["--records", "20", "--validation", "4", "--steps", "2", "--batch-size", "8",
                          "--micro-batch", "4", "--tokens", "12"],
     "06_estimators": ["--records", "30", "--steps", "2"],
+    "07_audit": ["--texts", "20", "--steps", "10", "--canaries", "50"],
 }  # fmt: skip
 
 

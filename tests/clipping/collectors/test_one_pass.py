@@ -102,7 +102,7 @@ def test_what_late_layers_held_is_gone_before_early_layers_deliver():
             collector.ready = taken
             return collector
 
-        recorder.tape._begin = watched
+        recorder.tape.deliveries._begin = watched
         squares(model(data(B, D))).sum().backward()
     assert len(kept) == 8 and max(alive) <= 2, alive  # one layer's structures, not those of all
 
@@ -213,7 +213,7 @@ def test_a_forward_inside_a_backward_is_refused_when_it_is_sent_back():
         hidden.register_hook(lambda _: forward_and_back(model))
         with pytest.raises(RuntimeError, match="to run before the backward"):
             squares(model[2:](hidden)).sum().backward()
-    assert all(p.grad is None for p in model.parameters()) and recorder.tape._records == {}
+    assert all(p.grad is None for p in model.parameters()) and recorder.tape.deliveries._records == {}
 
 
 def test_calls_that_are_gone_hold_nothing_and_stand_for_nothing():

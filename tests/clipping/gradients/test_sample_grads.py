@@ -14,6 +14,7 @@ from clipping import Dense, Outer, Routed, Rows, SampleGrads, Sum, add, cross
 from clipping.collectors.one_pass import settled
 from clipping.gradients.clamped import Clamped
 from clipping.gradients.path_costs import Costs
+from clipping.gradients.points import Points
 from clipping.gradients.shifted import Shifted
 from clipping.rounding.norms import CHUNK_ELEMENTS
 
@@ -43,6 +44,14 @@ def routed(num_examples, experts=3, slots=5, dtype=F64, shape=(V, D)):
     return Routed(index, left, right, experts)
 
 
+def points(num_examples, shape=(V, D), dtype=F64):
+    rows = torch.arange(num_examples).repeat(2)
+    first = torch.randint(0, shape[0] * shape[1] // 2, (num_examples,))
+    places = torch.cat((first, first + shape[0] * shape[1] // 2))
+    values = torch.randn(2 * num_examples, dtype=F64).to(dtype)
+    return Points(rows, places, values, num_examples, torch.Size(shape))
+
+
 def total(*makers):
     def make(num_examples, dtype=F64):
         made = [maker(num_examples, dtype=dtype) for maker in makers]
@@ -70,6 +79,9 @@ PLAIN: dict[str, Callable[..., SampleGrads]] = {
     "rows": rows,
     "rows, one position": lambda n, dtype=F64: rows(n, positions=1, dtype=dtype),
     "rows, few and repeated": lambda n, dtype=F64: rows(n, (2, D), positions=30, dtype=dtype),
+    "points": points,
+    "points + rows": total(points, rows),
+    "dense + points": total(dense, points),
     "routed": routed,
     "routed, one slot": lambda n, dtype=F64: routed(n, slots=1, dtype=dtype),
     "routed, one expert": lambda n, dtype=F64: routed(n, 1, 30, dtype),
@@ -268,6 +280,8 @@ def _mapped(grads, change):
             return Sum(tuple(_mapped(part, change) for part in grads.parts))
         case Shifted():
             return Shifted(_mapped(grads.grads, change), grads.centre.double(), grads.present)
+        case Points():
+            return dataclasses.replace(grads, values=change(grads.values))
         case Clamped():
             return Clamped(_mapped(grads.grads, change), grads.bound)
 

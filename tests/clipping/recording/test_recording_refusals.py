@@ -591,7 +591,7 @@ def test_a_backward_that_raises_leaves_no_partial_record():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="by design"):
                 run(True)
-        assert recorder.sizes == [] and not recorder.tape._records
+        assert recorder.sizes == [] and not recorder.tape.deliveries._records
         run(False)
     assert recorder.sizes == [B] and untouched(model)
     for name, value in alone.total().items():

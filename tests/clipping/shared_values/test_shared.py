@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clipping import Gathering, Tape, UnrecordedParameter
-from clipping.shared_values.shared_values import FOLLOWED, ROWS, Spread
+from clipping.shared_values.followed_forward import FOLLOWED, ROWS, Spread
 from tests.support.clipping.subjects import V
 
 D, LONGEST = 8, 16

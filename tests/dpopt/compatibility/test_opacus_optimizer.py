@@ -94,7 +94,7 @@ def test_a_scheduler_of_opacus_itself_is_refused_with_ours_as_the_way():
     engine, model, optimizer, loader = familiar(dataset=examples(16), noise=1.0)
     schedule = TheirStepNoise(optimizer, step_size=1, gamma=0.5)
     schedule.step()
-    with pytest.raises(RuntimeError, match=r"one of dpopt.compatibility.schedulers, such as LambdaNoise"):
+    with pytest.raises(RuntimeError, match=r"one of those in dpopt, such as LambdaNoise"):
         train(model, optimizer, loader)
     assert engine.training.ledger.num_charges == 0
 
