@@ -198,6 +198,8 @@ class Provenance(TorchDispatchMode):
         self.stop()
         self.seen.end()
         self.facts = Facts(tracing=True, num_examples=num_examples)
+        for tensor in tensors(batch):
+            self.seen.hand_out(tensor, None)
         for tensor, state in handed_out(batch, num_examples, batch_dim):
             self.seen.hand_out(tensor, state)
         self.listed = isinstance(batch, list | tuple) and len(batch) == num_examples

@@ -16,7 +16,8 @@ from torch.autograd.function import BackwardCFunction
 from clipping.loss_checks.operations.layout import Layout
 from clipping.loss_checks.operations.registry import rule_of
 from clipping.loss_checks.operations.state import Rule
-from clipping.recording.tap import Tap
+from clipping.recording.row_graph import points, tape_of
+from clipping.recording.tap import Call, Tap
 
 Node = Any
 """A node of torch's graph."""
@@ -142,8 +143,9 @@ def _readable(value: object) -> Hashable:
 
 
 def _tapped(node: Node, batch_dim: int, order: bytes | None) -> tuple[Place, ...]:
-    call = node.call
-    owner, dims = id(call.deliver.__self__.tape), call.dims
+    (call,) = points(node)
+    assert isinstance(call, Call)
+    owner, dims = id(tape_of(call)), call.dims
     found = []
     for number, metadata in enumerate(node._input_metadata):
         shape = tuple(metadata.shape)

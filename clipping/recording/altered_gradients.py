@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from clipping.errors import MixesExamples
-from clipping.recording.tap import Tap
+from clipping.recording.row_graph import points, tape_of
 from clipping.recording.tape import Tape
 
-TAP = Tap._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 _tensor: Any = Tensor
 
 

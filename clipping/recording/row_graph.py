@@ -109,12 +109,19 @@ def _counts(index: Tensor) -> bool:
     return index.dim() == 1 and torch.equal(index, torch.arange(len(index), device=index.device))
 
 
-def _points(node: Any) -> Sequence[Point]:
+def points(node: Any) -> Sequence[Point]:
+    """What delivers at a node of the graph: a call of a layer, or meetings."""
     name = node.name()
     if name == "TapBackward":
         waits = getattr(node.call.deliver, "__self__", None)
         return (waits.call if isinstance(waits, Arrivals) else node.call,)
     return node.meetings if name in ("MetBackward", "SplitBackward") and hasattr(node, "meetings") else ()
+
+
+def tape_of(point: Point) -> Any:
+    """The tape that gets what `point` delivers."""
+    deliver: Any = point.deliver
+    return deliver.__self__.tape
 
 
 def walk(gates: Sequence[Any]) -> dict[Point, Found]:
@@ -139,7 +146,7 @@ def walk(gates: Sequence[Any]) -> dict[Point, Found]:
     while heap:
         node = heapq.heappop(heap)[2]
         dynamic = flags[node]
-        for point in _points(node):
+        for point in points(node):
             outputs = len(node._input_metadata)
             known = point.dims if isinstance(point, Call) else None
             dims = (0,) * outputs if known is None else known.outputs

@@ -83,9 +83,7 @@ def test_the_rounding_covers_the_batches_that_are_drawn():
 
 def epoch_engine(sampler, relation, num_records=20, **options):
     engine = PrivacyEngine(accountant="rdp", sampler=sampler, relation=relation)
-    return familiar(
-        dataset=examples(num_records), batch_size=3 * num_records // 10, engine=engine, **options
-    )
+    return familiar(dataset=examples(num_records), batch_size=3 * num_records // 10, engine=engine, **options)
 
 
 @pytest.mark.parametrize("physical", [None, 2])

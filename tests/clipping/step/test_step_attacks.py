@@ -210,7 +210,7 @@ def test_guarantee_another_second_backward_is_refused():
     torch.manual_seed(0)
     model = Dropping()
     step = step_of(model, FlatClipper(1e-2), 4, two_pass=True)
-    step.probing.done = True
+    step.probing.done = step.probing.losses_done = True
     with pytest.raises(RuntimeError, match="both backwards to deliver the same gradient"):
         step.add(model(torch.randn(4, 8)).square().sum(1))
 

@@ -216,3 +216,25 @@ def test_attack_by_a_statistic_that_a_function_keeps_is_refused_where_it_changes
 @pytest.mark.parametrize("place", ["outputs", "losses"])
 def test_a_function_of_each_example_alone_is_taken(place, door):
     run(_of(Row, place), door=door, draws=3)
+
+
+@pytest.mark.parametrize("change", [None, 2.0])
+def test_the_part_of_a_model_without_a_rule_may_be_called_by_itself(change):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.inner(x * self.weight) * 2
+
+    def losses(model, x, y):
+        outputs = model[0](x)
+        outputs.register_hook(lambda grad: None if change is None else grad * change)
+        return F.cross_entropy(outputs, y)
+
+    if change is None:
+        run(losses, model=nn.Sequential(Scaled()))
+    else:
+        with pytest.raises(MixesExamples, match="hooks on tensors"):
+            run(losses, model=nn.Sequential(Scaled()))
