@@ -5,7 +5,8 @@ python -m benchmarks.path [--files] [--time] [--write NAME.json] [--against NAME
 
 Counts what Python's tracer sees of one step after warm-up: a file is entered where a function of it is called, and a move is
 a call in another file of the project than the call before. Time plays no part, so the counts are the same on every machine.
-On draws 1, 2, 4, 8, ... of a run the batch is followed through the loop, operation by operation: that step is shown apart.
+On draws 1, 2, 4, 8, ... of a run the batch is followed through the loop, operation by operation: that step is shown apart,
+and so is one whose batch is as large as an earlier one.
 `--write` keeps them, and `--against` prints those of an earlier file first. `--time` adds the process time of a step, in
 rounds that take turns; waiting for the disk, which each charge does, is no part of it.
 """
@@ -111,9 +112,10 @@ def loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[An
     """One turn of an ordinary loop, part by part."""
     batches, kept = itertools.chain.from_iterable(itertools.repeat(loader)), {}
 
-    def batch() -> None:
+    def batch() -> int:
         kept["inputs"], kept["labels"] = next(batches)
         optimizer.zero_grad()
+        return len(kept["inputs"])
 
     def forward() -> None:
         kept["loss"] = nn.functional.cross_entropy(model(kept["inputs"]), kept["labels"])
@@ -167,7 +169,22 @@ def measured() -> dict[str, Walk]:
                 for work in phases.values():
                     work()
             found[name] = walked(phases, packages)
-    return found
+    return {"dpopt, a size seen before": settled(), **found}
+
+
+def settled() -> Walk:
+    """The first ordinary step whose batch is as large as that of an earlier one: its loss was looked at then."""
+    sizes: list[Any] = []
+    with ours() as phases:
+        watched = {**phases, "batch": lambda: sizes.append(phases["batch"]())}
+        for number in itertools.count(1):
+            walk = walked(watched, OURS)
+            # On powers of two the batch is followed, on powers of ten an example's row is sent back alone.
+            if number <= 2 or number in (4, 8, 10, 16, 32, 64, 100):
+                sizes.pop()
+            elif sizes[-1] in sizes[:-1]:
+                return walk
+    raise AssertionError("the loop ends above")
 
 
 @contextmanager

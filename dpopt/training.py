@@ -170,7 +170,7 @@ class PrivateTraining:
             self._tier = self._new_tier()
             self._dataset = None
             self.estimator = self.estimator.fresh()  # what is hidden was priced for one run
-        told = None if self._audit is None else self._audit.toss(self._tier.key)
+        told = None if self._audit is None else self._audit.toss(self._tier)
         ledger = self._account.open(self._prices.at(0))
         try:
             config = self._configuration() | ({} if told is None else {"audit": told})

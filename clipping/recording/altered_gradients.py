@@ -101,7 +101,7 @@ def reaches(roots: Sequence[Any], tape: Tape) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) is TAP and node.call.deliver.__self__ is tape:
+        if type(node) is TAP and node.call.deliver.__self__ is tape.deliveries:
             return True
         stack += [below for below, _ in node.next_functions]
     return False

@@ -62,7 +62,7 @@ def scores_picture(evidence: Evidence) -> bytes:
     for side, color, name in sides:
         shown = np.clip(evidence.scores[side], edges[0], edges[-1])
         left.hist(shown, bins=list(edges), color=color, alpha=0.55, label=f"{name} ({int(side.sum()):,})")
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
     _dress(left, evidence.kind, "score", "y")
     false, true = _rates(evidence)
     smallest = 0.5 / max(1, evidence.num_records - evidence.num_included)

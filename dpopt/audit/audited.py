@@ -32,6 +32,7 @@ from dpopt.audit.scoring import Scores
 from dpopt.estimators.estimator import Estimator
 from dpopt.mechanisms import Mechanism
 from dpopt.randomness import RandomKey, generator, insecure_key
+from dpopt.release.randomness_tiers import Tier
 from dpopt.release.release import Seen
 from dpopt.sampling import PoissonSampling, Records, Sampling
 
@@ -67,9 +68,12 @@ class Audited:
 
     # -- a run begins and ends --------------------------------------------------------------------------
 
-    def toss(self, key: RandomKey) -> dict[str, object]:
+    def toss(self, tier: Tier) -> dict[str, object]:
         """Toss the coins of a run that begins; what its ledger shall know of them."""
-        canaries = self.canaries
+        canaries, key = self.canaries, tier.key
+        # On a grid the noise is larger than charged by what pays for rounding.
+        held = self._mechanism if hasattr(self._mechanism, "rounding") else tier
+        self._enlarged = 1 + getattr(held, "rounding", 0.0)
         self._coins = sealing.tossed(key, canaries.num)
         self.evidence, self._num_joined = None, 0
         self._drawn.clear()
@@ -157,12 +161,14 @@ class Audited:
             for row, group in self._places.groups.items():
                 for name, there in group.items():
                     adds = clipper.clip_norms[row] / divisor
-                    std = stds[prefix + name] or adds  # without noise: as with noise of one clip norm
+                    std = self._enlarged * (
+                        stds[prefix + name] or adds
+                    )  # without noise: as with one clip norm
                     found = released[prefix + name].detach().reshape(-1)[there.places] / std
                     self._normal[there.numbers.cpu().numpy()] += (adds / std) * found.double().cpu().numpy()
-                adds_here = clipper.clip_norms[row] / divisor
-                first = next(iter(group))
-                self._information += (adds_here / (stds[prefix + first] or adds_here)) ** 2
+                adds = clipper.clip_norms[row] / divisor
+                std = self._enlarged * (stds[prefix + next(iter(group))] or adds)
+                self._information += (adds / std) ** 2
 
     def end_step(self) -> None:
         """The step was released."""

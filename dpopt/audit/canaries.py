@@ -41,7 +41,9 @@ class Canaries:
         num: how many, m. 1,000 show an epsilon up to about 4; see the documentation of the audit.
         kind: "dirac" (white box: a gradient at one coordinate), or, with `records`, what these are.
         where: for "dirac", places in the flattened parameters, by parameter name, e.g. of features or tokens that no
-            record has. None: spread over all trainable parameters.
+            record has. None: spread over all trainable parameters, where records speak too and less can be said. A layer
+            of their own, which never runs, is free of records: model.add_module("canaries", nn.Linear(m, 1, bias=False))
+            before the run, where={"canaries.weight": range(m)} and untouched=True.
         untouched: your word that no record of the data set ever has a gradient at these places. Audits that know the
             noise exactly need it; nobody can check it without looking at the data.
         records: for input canaries, `num` items as the data set holds them: made up or public, never copies of private

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from dpopt.cli import step_commands
+from dpopt.cli import attack_commands, step_commands
 from dpopt.cli.failures import exit_codes
 from dpopt.cli.reading import patience
 from dpopt.reports.report import rounded_up
@@ -120,4 +120,5 @@ def _show(console: Console, report: AuditReport, folder: Path) -> None:
     )
 
 
+attack_commands.register(app)
 app.command("step")(step_commands.step)

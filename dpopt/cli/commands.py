@@ -13,6 +13,7 @@ from rich.console import Console
 from dpopt.cli import accounting, audit_commands
 from dpopt.cli import ledger as ledgers
 from dpopt.cli.failures import exit_codes
+from dpopt.cli.record_options import record_form
 
 app = typer.Typer(
     add_completion=False,
@@ -277,7 +278,7 @@ def finetune(
             train=tuple(train or ()),
             validation=tuple(validation or ()),
             validation_is_public=validation_is_public,
-            form=_form(text_field, template, prompt_template),
+            form=record_form(text_field, template, prompt_template),
             unit=unit,
             epsilon=epsilon,
             delta=delta,
@@ -311,17 +312,6 @@ def finetune(
         with Screen(Console(), errors) as screen:
             result = run(config, listener=screen)
         screen.finished(result)
-
-
-def _form(text_field: str | None, template: str | None, prompt: str | None):
-    from dpopt.finetune import InputError, RecordFormat, Template
-
-    if text_field is not None and template is not None:
-        raise InputError("expected --text-field or --template; got both; leave one out")
-    if text_field is None and template is None and prompt is None:
-        return None
-    text = Template(template) if template is not None else Template("{" + (text_field or "text") + "}")
-    return RecordFormat(text, None if prompt is None else Template(prompt))
 
 
 app.command()(accounting.epsilon)

@@ -82,9 +82,8 @@ class GaussianMechanism:
         if self.noise_multiplier == 0:
             return {name: total.div_(divisor) for name, total in released.items()}
         std = self.noise_multiplier * clipped.sensitivity
-        sources = [noise(name, total.device) for name, total in released.items()]
-        for total, source in zip(released.values(), sources, strict=True):
-            add_normal(total, std, source, divisor)
+        for name, total in released.items():
+            add_normal(total, std, noise(name, total.device), divisor)
         return released
 
 

@@ -23,7 +23,7 @@ from dpopt.mechanisms.gaussian import Mechanism
 from dpopt.mechanisms.grid_gaussian import ROUNDING, gridded, summation_rounding
 from dpopt.randomness import normals
 from dpopt.randomness.cipher import CipherKey, cipher_key, require_cryptography
-from dpopt.randomness.keys import RandomKey, generator, insecure_key, secret_key, subkey
+from dpopt.randomness.keys import RandomKey, generator, insecure_key, secret_key
 from dpopt.sampling.exact_draws import draw, refuse_inexact
 from dpopt.sampling.sampler import Sampling
 
@@ -105,7 +105,7 @@ class FastTier:
     def noise(self, charge: int, name: str, device: torch.device) -> torch.Generator | CipherKey:
         """What draws the noise of one parameter, paid by charge number `charge`."""
         if device.type == "cpu" and normals.available():
-            return CipherKey(subkey(self.key, "noise", charge, name))
+            return cipher_key(self.key, "noise", charge, name)
         return generator(self.key, "noise", charge, name, device=device)
 
 

@@ -50,7 +50,7 @@ def prices(lines: Mapping[str, Sequence[tuple[int, float]]], *, delta: float, un
             label=name,
         )
     if finite:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
         axes.set_ylim(bottom=0)
     else:
         axes.text(0.5, 0.5, "no finite epsilon", ha="center", color=_INK, transform=axes.transAxes)

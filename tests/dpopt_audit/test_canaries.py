@@ -120,6 +120,24 @@ def test_a_canary_that_is_out_scores_as_the_noise_does(name):
             assert out.mean() == pytest.approx(0.0, abs=4.5 / math.sqrt(len(out)))
 
 
+def test_noise_on_a_grid_is_known_as_it_is_drawn():
+    pytest.importorskip("cryptography")
+    # In batches of thousands of records, rounding in float32 is paid for by several percent more noise.
+    model = model_for(4000, torch.float32)
+    run, model, _ = audited(
+        4000,
+        noise=1.0,
+        sampling=PoissonSampling(0.01, 3000.0),
+        randomness="secure",
+        model=model,
+        audit=canaries(4000),
+    )
+    assert run._tier.rounding > 0.3
+    train(run, model, records(4000, 2, torch.float32), steps=2)
+    out = run.evidence[0].scores[~run.evidence[0].included]
+    assert out.std() == pytest.approx(1.0, abs=0.1)
+
+
 def test_users_have_canaries_beside_them():
     dataset = Users.of(records(40), [i // 2 for i in range(NUM)], max_records=2)
     run, model, _ = audited(noise=0.0, sampling=UserSampling(1.0, 6.0))

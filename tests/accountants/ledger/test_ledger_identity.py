@@ -19,7 +19,6 @@ from accountants import (
     read,
     verify,
 )
-from accountants import storage as appended_file
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 TOUCHED = r"must be left alone during a run; got it .*; release nothing, put a copy .* open the ledger again"
@@ -118,7 +117,7 @@ def test_a_ledger_moved_while_a_line_is_written_is_no_durable_one(path, monkeypa
             harm(path)
             real(fd, line)
 
-        monkeypatch.setattr(appended_file, "write_durably", write)
+        monkeypatch.setattr(storage, "write_durably", write)
         with pytest.raises(LedgerNotDurable, match=TOUCHED):
             ledger.charge(STEP)
         monkeypatch.undo()
@@ -180,7 +179,7 @@ def test_a_child_forked_in_the_middle_of_a_charge_does_not_wait_for_it(path, mon
         real(fd, line)
 
     with Ledger.open(path) as ledger:
-        monkeypatch.setattr(appended_file, "write_durably", write)
+        monkeypatch.setattr(storage, "write_durably", write)
         thread = threading.Thread(target=ledger.charge, args=(STEP,))
         thread.start()
         inside.wait(20)

@@ -21,7 +21,7 @@ from accountants import UnpricedEvent, leaves
 from clipping import Clipping, Dense, Sums
 from clipping.contributions.error_feedback import HiddenState
 from clipping.contributions.record_memory import Memory
-from clipping.recording import tape
+from clipping.recording import deliveries
 from dpopt import GaussianMechanism, PoissonSampling, PrivacyEngine, PrivateTraining
 from dpopt.estimators import Centred, Clip21, Dice, Run, Scheduled, TwoThreshold, named_estimator
 from dpopt.estimators.step_mechanism import mechanism_of
@@ -420,7 +420,7 @@ def test_means_of_losses_in_few_bits_are_refused(how, monkeypatch):
         step_in(how, 257, "mean")
     num = max(range(1024, 1400), key=lambda n: abs(_effective(n + 1) - _effective(n)))
     assert (step_in(how, num + 1, "sum") - step_in(how, num, "sum")).norm() <= 1 + 1e-5
-    monkeypatch.setattr(tape, "refuse_rounded", lambda *args, **options: None)
+    monkeypatch.setattr(deliveries, "refuse_rounded", lambda *args, **options: None)
     assert (step_in(how, num + 1, "mean") - step_in(how, num, "mean")).norm() > 1.3
 
 

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dpopt.audit import read_evidence
+from dpopt.audit.coins import about
 from dpopt.audit.named import KINDS, parsed
 from dpopt.finetune import InputError, finetune
 
@@ -72,3 +73,22 @@ def test_an_audit_goes_with_every_way_to_tune(config, options):
     result = finetune(config(audit="canaries=40", **options))
     assert read_evidence(result.out / LEDGER)[0].num_records == 40
     assert not hasattr(result.model, "audit_canaries")
+
+
+def test_a_resumed_run_has_coins_of_its_own_and_the_claim_of_the_whole_ledger(config):
+    first = finetune(config(audit="canaries=40", noise_multiplier=1.0))
+    before = read_evidence(first.out / LEDGER)[0]
+    second = finetune(config(audit="canaries=40", resume=True, overwrite=True))
+    after = read_evidence(second.out / LEDGER)[0]
+    assert before.to_json() != after.to_json()
+    assert about(second.out / LEDGER)["charges_before"] == 4 and second.report.ledger_charges == 8
+    assert second.report.epsilon > first.report.epsilon
+
+
+def test_an_audit_looks_at_what_finetune_left(config):
+    from dpopt.audit.audit_run import audit_runs
+
+    result = finetune(config(audit="canaries=100", epsilon=8.0))
+    report = audit_runs([result.out])
+    assert 0 < report.claim.epsilon <= result.report.epsilon * (1 + 1e-9)
+    assert report.verdict.exit_code in (0, 3)
