@@ -9,6 +9,7 @@ wrong place, records counted twice and groups that forget their square root all 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,16 +100,14 @@ def search(
     found = [movement(case, trial, unit) for trial in listed]
     result = Search(tuple(found), stds, case.noise_multiplier)
     pool = len(case.records) + len(case.hostile)
-    source = torch.Generator().manual_seed(seed)
+    source = random.Random(seed)
     for _ in range(climbs):
         best = result.worst
         if best is None or result.figure(best) > 1.5:
             break
         trial = best.trial
-        at = int(torch.randint(len(trial.batch), (1,), generator=source, device="cpu"))
-        changed = Entry(
-            int(torch.randint(pool, (1,), generator=source, device="cpu")), trial.batch[at].variant
-        )
+        at = source.randrange(len(trial.batch))
+        changed = Entry(source.randrange(pool), trial.batch[at].variant)
         batch = (*trial.batch[:at], changed, *trial.batch[at + 1 :])
         result = replace(
             result, movements=(*result.movements, movement(case, replace(trial, batch=batch), unit))
