@@ -100,7 +100,7 @@ def reaches(roots: Sequence[Any], tape: Tape) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) is TAP and node.call.deliver.__self__ is tape.deliveries:
+        if any(tape_of(point) is tape for point in points(node)):
             return True
         stack += [below for below, _ in node.next_functions]
     return False
