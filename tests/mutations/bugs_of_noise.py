@@ -8,8 +8,8 @@ PRESENT, SCALE, BATCH = ("noise present",), ("noise scale",), ("noise and batch"
 STEPS, TENSORS, RUNS = ("steps independent",), ("tensors independent",), ("runs independent",)
 SENSITIVITY = ("sensitivity", "sensitivity to noise")
 _STD = "std = self.noise_multiplier * clipped.sensitivity"
-_ADD = "add_normal(total, std, source, divisor)"
-_DRAWN = 'return CipherKey(subkey(self.key, "noise", charge, name))'
+_ADD = "add_normal(total, std, noise(name, total.device), divisor)"
+_DRAWN = 'return cipher_key(self.key, "noise", charge, name)'
 _TORCH = 'return generator(self.key, "noise", charge, name, device=device)'
 _GROUP_STD = "self.noise_multiplier * bound * math.sqrt(whole / share)"
 _GROUP_ADD = "add_normal(released[name], std, noise(name, released[name].device), divisor)"
@@ -37,7 +37,7 @@ BUGS = (
              tests=THE_MECHANISM),
     of_noise("noise divided by the number of tensors", RELEASE, _STD, f"{_STD} / len(released) ** 0.5", checks=SCALE,
              tests=THE_MECHANISM),
-    of_noise("biases without noise", RELEASE, _ADD, f"total.div_(divisor) if next(n for n, v in released.items() if v is total).endswith('bias') else {_ADD}",
+    of_noise("biases without noise", RELEASE, _ADD, f"total.div_(divisor) if name.endswith('bias') else {_ADD}",
              checks=PRESENT, tests=THE_MECHANISM, quick=True),
     of_noise("the last tensor without noise", RELEASE, _ADD,
              f"total.div_(divisor) if total is list(released.values())[-1] else {_ADD}", checks=PRESENT,
