@@ -39,7 +39,7 @@ from dpopt.attacks.language_signals import sequence_losses, token_signals
 from dpopt.attacks.shadow import ShadowPlan, finished, record_digest, train_shadows
 from dpopt.attacks.shadow_training import Recipe, train_language_model
 from dpopt.audit import GAUSSIAN, Evidence, fdp_one_run, steinke
-from dpopt.audit.families import gaussian_covers
+from dpopt.audit.bounds.families import gaussian_covers
 from dpopt.finetune.language_model import load, save
 
 DELTA = 1e-5

@@ -33,8 +33,8 @@ from dpopt.audit import (
     poisson_steps,
     steinke,
 )
-from dpopt.audit.bounds import LowerBound, num_right
-from dpopt.audit.bounds_one_run import fdp_refuted, num_guesses, steinke_p_value
+from dpopt.audit.bounds.lower_bound import LowerBound, num_right
+from dpopt.audit.bounds.one_run import fdp_refuted, num_guesses, steinke_p_value
 
 DELTA = 1e-5
 Bound = Callable[[Evidence, float], LowerBound]

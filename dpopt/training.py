@@ -42,7 +42,7 @@ from dpopt.sampling.users import require_users, unit_of
 
 if TYPE_CHECKING:
     from dpopt.audit import Canaries, Evidence
-    from dpopt.audit.audited import Audited
+    from dpopt.audit.canaries.audited import Audited
 
 
 class PrivateTraining:
@@ -539,7 +539,7 @@ class PrivateTraining:
 def _audited(
     canaries: Canaries, sampling: Sampling, estimator: Estimator, mechanism: Mechanism, step: StepSum
 ) -> Audited:
-    from dpopt.audit.audited import (
+    from dpopt.audit.canaries.audited import (
         Audited,  # with it come bounds and their statistics, which other runs do not need
     )
 

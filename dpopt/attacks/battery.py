@@ -19,10 +19,10 @@ from dpopt.attacks import scores as attacks
 from dpopt.attacks.curves import FALSE_POSITIVE_RATES, Interval, auc, tpr_at_fpr
 from dpopt.attacks.scores import BoolArray, FloatArray
 from dpopt.attacks.token_scores import TokenSignals, min_k_scores, token_info_rmia_scores
-from dpopt.audit.bounds import LowerBound
-from dpopt.audit.bounds_one_run import fdp_one_run, steinke
+from dpopt.audit.bounds.families import GAUSSIAN, Family, any_mechanism
+from dpopt.audit.bounds.lower_bound import LowerBound
+from dpopt.audit.bounds.one_run import fdp_one_run, steinke
 from dpopt.audit.evidence import Evidence
-from dpopt.audit.families import GAUSSIAN, Family, any_mechanism
 
 FEWEST_FOR_LIRA = 4
 """Shadow models, two on each side of a record, below which no spread can be seen."""
@@ -167,7 +167,7 @@ def lower_bound(
         name: of the attack.
         delta: at which epsilon is bounded.
         confidence: of this bound.
-        family: see `dpopt.audit.families`; for any mechanism the guesses are counted as in Steinke et al. 2023.
+        family: see `dpopt.audit.bounds.families`; for any mechanism the guesses are counted as in Steinke et al. 2023.
     """
     # Ties go to the earlier records, and files list members first: their order must not be a hint.
     order = np.random.default_rng(0).permutation(len(scores))

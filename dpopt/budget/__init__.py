@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run pays: prices, payments, the account on its ledger, and what it declares there."""
 
-from dpopt.budget.budget import Budget, affordable, exhausted, least_noise
+from accountants.calibrate import least_noise
+from dpopt.budget.budget import Budget, affordable, exhausted
 
 __all__ = [
     "Budget",

@@ -17,7 +17,7 @@ from rich.table import Table
 from dpopt.cli.failures import exit_codes
 
 if TYPE_CHECKING:
-    from dpopt.attacks.report import AttackReport
+    from dpopt.attacks.battery import AttackReport
     from dpopt.attacks.signals import Seen
 
 _DATA, _TRAINING = "Data and models", "Training"

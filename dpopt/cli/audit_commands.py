@@ -22,7 +22,7 @@ from dpopt.cli.reading import patience
 from dpopt.reports.report import rounded_up
 
 if TYPE_CHECKING:
-    from dpopt.audit.audit_report import AuditReport
+    from dpopt.audit.reports.audit_report import AuditReport
 
 _COLORS = {0: "green", 1: "bold red"}
 
@@ -74,9 +74,9 @@ def run(
     errors = Console(stderr=True)
     with exit_codes(errors):
         from dpopt.atomic_files import write_file
-        from dpopt.audit.audit_plots import bounds_picture, scores_picture
-        from dpopt.audit.audit_report import to_html
-        from dpopt.audit.audit_run import audit_runs
+        from dpopt.audit.reports.audit_plots import bounds_picture, scores_picture
+        from dpopt.audit.reports.audit_report import to_html
+        from dpopt.audit.reports.audit_run import audit_runs
 
         with patience(errors, "auditing"):
             report = audit_runs(runs, delta=delta, confidence=confidence)
@@ -92,8 +92,8 @@ def run(
 
 
 def _show(console: Console, report: AuditReport, folder: Path) -> None:
-    from dpopt.audit.audit_report import could_show
-    from dpopt.audit.verdict import rounded_down
+    from dpopt.audit.reports.audit_report import could_show
+    from dpopt.audit.reports.verdict import rounded_down
 
     title = f"Audit: the claim is epsilon {rounded_up(report.claim.epsilon)} at delta {report.claim.delta:g}, at most"
     table = Table(

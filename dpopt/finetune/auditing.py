@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpopt.audit.canaries import DIRAC, Canaries
-from dpopt.audit.inputs import random_tokens
-from dpopt.audit.named import WEIGHTS, AuditRequest
+from dpopt.audit.canaries.canary import DIRAC, Canaries
+from dpopt.audit.canaries.inputs import random_tokens
+from dpopt.audit.canaries.named import WEIGHTS, AuditRequest
 from dpopt.finetune.language_model import Tokens, collate, logits, padding, quiet
 from dpopt.finetune.record_files import InputError
 from dpopt.losses import causal_lm_losses

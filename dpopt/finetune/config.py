@@ -10,7 +10,7 @@ from pathlib import Path
 from accountants import ADD_REMOVE
 from accountants.registry import ACCOUNTANTS
 from accountants.relations import check_relation
-from dpopt.audit.named import AuditRequest, parsed
+from dpopt.audit.canaries.named import AuditRequest, parsed
 from dpopt.estimators.registry import INDIRECT, check_estimator
 from dpopt.finetune.record_files import InputError, RecordFormat
 from dpopt.finetune.updates import OPTIMIZERS
@@ -31,7 +31,7 @@ class FinetuneConfig:
     noise from a cipher, `estimator` is one of `dpopt.estimators.ESTIMATORS`, with numbers where wanted.
     `optimizer` is one of `dpopt.finetune.updates.OPTIMIZERS`, and `averaging` the decay of a moving average of the weights,
     which is then what is evaluated and saved. `accountant` None is that of the ledger's last run, else "pld". `resume` goes on with the ledger's last run: with its noise multiplier, and refused where
-    anything else that is charged or clipped has changed. `audit`, "canaries=1000" with a kind of `dpopt.audit.named.KINDS`
+    anything else that is charged or clipped has changed. `audit`, "canaries=1000" with a kind of `dpopt.audit.canaries.named.KINDS`
     where wanted, adds made-up records whose traces `dpopt audit` looks for.
     """
 

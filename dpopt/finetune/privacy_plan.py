@@ -23,7 +23,7 @@ from accountants import (
     accountant,
 )
 from accountants.calibrate import noise_multiplier as smallest_noise
-from dpopt.audit.drawing import widened
+from dpopt.audit.canaries.drawing import widened
 from dpopt.budget.budget import Budget, noise_within, require_needed, require_small_delta
 from dpopt.budget.prices import priced
 from dpopt.estimators.estimator import Estimator

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpopt.audit.named import AuditRequest
+from dpopt.audit.canaries.named import AuditRequest
 from dpopt.finetune.auditing import LanguageCanaries
 from dpopt.finetune.language_model import Tokens
 from dpopt.finetune.privacy_plan import PrivacyPlan

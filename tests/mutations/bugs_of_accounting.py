@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs between what ran and what is paid: the draws, their price, the ledger, and what a budget still affords."""
 
-import places as at
-from mutating import Edit, Mutation
+from tests.mutations import places as at
+from tests.mutations.mutating import Edit, Mutation
 
 _SAMPLERS, _RELATIONS = "tests/dpopt/sampling/test_samplers.py", "tests/accountants/test_relations.py"
 _LEDGER, _GOVERNED = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs in what one record adds: clipped too late, too little, in pieces, not at all, together with others, or twice."""
 
-import places as at
-from mutating import Edit, Mutation
+from tests.mutations import places as at
+from tests.mutations.mutating import Edit, Mutation
 
 SENSITIVITY, HOSTILE = ("sensitivity", "sensitivity to noise"), ("hostile records",)
 _LAW = "tests/clipping/collectors/test_sensitivity.py::test_guarantee_one_example_moves_the_sum_by_at_most_the_sensitivity"

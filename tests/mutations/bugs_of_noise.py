@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs in the noise: missing, too small, shared, repeated, of another law, or in the wrong place."""
 
-import places as at
-from mutating import Edit, Mutation
+from tests.mutations import places as at
+from tests.mutations.mutating import Edit, Mutation
 
 PRESENT, SCALE, BATCH = ("noise present",), ("noise scale",), ("noise and batch",)
 STEPS, TENSORS, RUNS = ("steps independent",), ("tensors independent",), ("runs independent",)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from mutating import Mutation, planted
-from own_steps import STEPS
 
 from dpopt.audit.step_checks import check_step
+from tests.mutations.mutating import Mutation, planted
+from tests.mutations.own_steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400

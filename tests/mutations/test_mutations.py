@@ -5,12 +5,12 @@ import inspect
 from pathlib import Path
 
 import pytest
-from judging import judged
-from mutating import Edit, Mutation, function_at, planted
-from own_steps import COUPLED, STEPS
-from planted_bugs import MUTATIONS
 
 from dpopt.audit.step_checks import check_step
+from tests.mutations.judging import judged
+from tests.mutations.mutating import Edit, Mutation, function_at, planted
+from tests.mutations.own_steps import COUPLED, STEPS
+from tests.mutations.planted_bugs import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = [m for m in MUTATIONS if m.quick]

@@ -10,7 +10,7 @@ from scipy.stats import norm
 from dpopt.attacks import scores as attacks
 from dpopt.attacks.battery import Signals, all_scores, lower_bound, run_attacks
 from dpopt.attacks.token_scores import TokenSignals, min_k_scores, token_info_rmia, token_info_rmia_scores
-from dpopt.audit.families import GAUSSIAN, any_mechanism
+from dpopt.audit.bounds.families import GAUSSIAN, any_mechanism
 
 RANDOM = np.random.default_rng(0)
 

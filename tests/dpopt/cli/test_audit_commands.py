@@ -9,7 +9,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dpopt import FlatClipper, GaussianMechanism, PoissonSampling, PrivateTraining
-from dpopt.audit import Canaries, Evidence, audit_run
+from dpopt.audit import Canaries, Evidence
+from dpopt.audit.reports import audit_run
 from dpopt.cli.commands import app
 
 NUM = 200

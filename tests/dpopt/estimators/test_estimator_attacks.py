@@ -26,8 +26,8 @@ from dpopt import GaussianMechanism, PoissonSampling, PrivacyEngine, PrivateTrai
 from dpopt.estimators import Centred, Clip21, Dice, Run, Scheduled, TwoThreshold, named_estimator
 from dpopt.estimators.step_mechanism import mechanism_of
 from dpopt.release.release import noise_stds
-from tests.support.dpopt.estimator_runs import collect, gradient_of, losses_of, mlp, opened, vectors
-from tests.support.dpopt.private_runs import familiar
+from tests.support.dpopt.estimator_runs import collect, gradient_of, mlp, opened, vectors
+from tests.support.dpopt.private_runs import familiar, losses_of
 
 C, N = 0.5, 8
 TEXTS = (

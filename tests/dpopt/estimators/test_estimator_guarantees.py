@@ -43,8 +43,8 @@ from dpopt.estimators import (
 from dpopt.estimators.step_mechanism import mechanism_of
 from dpopt.release.release import noise_stds
 from tests.support.accountants.transcripts import Pair, dice, hockey_stick, losses
-from tests.support.dpopt.estimator_runs import collect, gradient_of, losses_of, mlp, opened, vectors
-from tests.support.dpopt.private_runs import NOBODY
+from tests.support.dpopt.estimator_runs import collect, gradient_of, mlp, opened, vectors
+from tests.support.dpopt.private_runs import NOBODY, losses_of
 
 Z, C, N = 1.3, 0.5, 8
 TEXTS = (

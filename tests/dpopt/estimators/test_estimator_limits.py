@@ -20,12 +20,12 @@ from tests.support.dpopt.estimator_runs import (
     collect,
     flat,
     gradient_of,
-    losses_of,
     mlp,
     opened,
     rows_of,
     vectors,
 )
+from tests.support.dpopt.private_runs import losses_of
 
 C, N, HUGE = 0.5, 8, 1e6
 

@@ -29,8 +29,8 @@ from dpopt.estimators import (
 from dpopt.mechanisms import GridGaussianMechanism, GroupGaussianMechanism
 from dpopt.sampling import FixedSizeSampling, TruncatedPoissonSampling
 from dpopt.sampling.registry import sized
-from tests.support.dpopt.estimator_runs import collect, flat, gradient_of, losses_of, mlp, opened, vectors
-from tests.support.dpopt.private_runs import familiar
+from tests.support.dpopt.estimator_runs import collect, flat, gradient_of, mlp, opened, vectors
+from tests.support.dpopt.private_runs import familiar, losses_of
 
 C, N = 0.5, 8
 TEXTS = (

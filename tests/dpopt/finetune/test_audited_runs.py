@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dpopt.audit import read_evidence
-from dpopt.audit.coins import about
-from dpopt.audit.named import KINDS, parsed
+from dpopt.audit.canaries.coins import about
+from dpopt.audit.canaries.named import KINDS, parsed
 from dpopt.finetune import InputError, finetune
 
 LEDGER = "privacy.ledger.jsonl"
@@ -86,7 +86,7 @@ def test_a_resumed_run_has_coins_of_its_own_and_the_claim_of_the_whole_ledger(co
 
 
 def test_an_audit_looks_at_what_finetune_left(config):
-    from dpopt.audit.audit_run import audit_runs
+    from dpopt.audit.reports.audit_run import audit_runs
 
     result = finetune(config(audit="canaries=100", epsilon=8.0))
     report = audit_runs([result.out])
