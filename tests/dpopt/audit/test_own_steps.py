@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dpopt.audit.step_checks import check_step
 
-sys.path.append(str(Path(__file__).resolve().parents[3] / "mutations"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "mutations"))
 from own_steps import STEPS, each, explicit, mlp
 
 
