@@ -7,6 +7,7 @@ file, a line each.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,9 +87,24 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "audit.json", report.to_json().encode())
         write_file(folder / "audit.html", whole.encode())
+        _tell_runs(report, runs, folder)
         _show(Console(), report, folder)
     if report.verdict.exit_code:
         raise typer.Exit(report.verdict.exit_code)
+
+
+def _tell_runs(report: AuditReport, runs: list[Path], folder: Path) -> None:
+    """Put the verdict into the report of each run that has one."""
+    from dpopt.atomic_files import write_file
+    from dpopt.audit.reports.audit_report import to_section
+    from dpopt.reports.report import with_section
+
+    for run in runs:
+        own = run / "report.html"
+        if own.is_file():
+            link = os.path.relpath(folder / "audit.html", run)
+            whole = with_section(own.read_text(encoding="utf-8"), "audit", to_section(report, link))
+            write_file(own, whole.encode())
 
 
 def _show(console: Console, report: AuditReport, folder: Path) -> None:

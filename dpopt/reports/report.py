@@ -134,6 +134,20 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
 
+def with_section(whole: str, name: str, body: str) -> str:
+    """The page `whole` with the section `name`, HTML, at its end, in place of an earlier one of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if begin in whole and end in whole:
+        before, _, rest = whole.partition(begin)
+        whole = before + rest.partition(end)[2]
+    head, mark, tail = whole.rpartition("</body>")
+    if not mark:
+        raise ValueError(
+            "expected a page of dpopt's; got one without </body>; leave reports as they were written"
+        )
+    return f"{head}{begin}{body}{end}{mark}{tail}"
+
+
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c2430}"
     "img{max-width:100%}table{border-collapse:collapse;width:100%}th{text-align:left;font-weight:600;"

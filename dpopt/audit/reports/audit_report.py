@@ -100,6 +100,19 @@ def to_html(report: AuditReport, bounds: bytes, scores: Sequence[bytes]) -> str:
     return page(title, body, _STYLE)
 
 
+def to_section(report: AuditReport, link: str) -> str:
+    """What a run's own report says of its audit, as HTML; `link` leads to the whole of it."""
+    rows = [(bound.title, rounded_down(bound.epsilon), could_show(bound)) for bound in report.bounds]
+    return "".join(
+        (
+            "<h2>Audit</h2>",
+            f"<p>{html.escape(report.verdict.sentence)}</p>",
+            _table(("Lower bound", "Epsilon, at least", "Could have shown"), rows),
+            f'<p><a href="{html.escape(link, quote=True)}">The whole audit</a></p>',
+        )
+    )
+
+
 _STYLE = (
     ".verdict{border-left:.4rem solid;padding:.6rem 1rem;font-size:1.15rem;background:#f5f7fa}"
     "table.wide th{width:auto;padding-right:1rem}table.wide td{padding-right:1rem;vertical-align:top}"

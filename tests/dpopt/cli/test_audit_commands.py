@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dpopt audit RUN`: from what a run left in its folder to a verdict, a report and an exit code."""
 
+import html
 import json
 
 import pytest
@@ -53,6 +54,23 @@ def test_an_honest_run(honest):
     assert any("seed" in text for text in data["claim"]["assumptions"])
     assert data["claim"]["delta"] == 1e-5 and data["verdict"]["exit_code"] == 0
     assert (honest / "audit.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_report_of_the_run_tells_of_its_last_audit(honest):
+    from dpopt.reports.report import page
+
+    own = honest / "report.html"
+    own.write_text(page("A run", ["<h1>A run</h1>"]))
+    for _ in range(2):
+        assert audited(honest, "--delta", "1e-5").exit_code == 0
+    text = own.read_text()
+    assert (
+        text.count("<h2>Audit</h2>") == 1
+        and 'href="audit.html"' in text
+        and text.endswith("</body></html>\n")
+    )
+    assert json.loads((honest / "audit.json").read_text())["verdict"]["sentence"] in html.unescape(text)
+    own.unlink()
 
 
 def test_two_runs_and_another_folder(honest, tmp_path):
