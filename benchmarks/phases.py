@@ -23,7 +23,7 @@ from clipping import FlatClipper
 from dpopt import GaussianMechanism
 
 INSIDE = (
-    ("capture (rules)", "clipping.recording.tape", "Tape", "_deliver"),
+    ("capture (rules)", "clipping.recording.deliveries", "Deliveries", "deliver"),
     ("norms", "clipping.collectors.one_pass", None, "settled"),
     ("norms", "clipping.collectors.one_pass", None, "sq_norm"),
     ("weighted sums", "clipping.collectors.one_pass", "Sums", "add"),
