@@ -103,6 +103,10 @@ class Probing:
         for x in self.watched:
             x.leaf.grad = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Probing:
+        """Itself: a copied model is an ordinary model, whose copied hooks know that they are not at home."""
+        return self
+
     def begin(self) -> None:
         """A batch was drawn."""
         self.num_batches += 1

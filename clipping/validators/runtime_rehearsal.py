@@ -43,6 +43,10 @@ class Rehearsing:
         self._begun: tuple[Hashable, int] | None = None
         self._rehearsed_at: dict[Hashable, int] = {}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Rehearsing:
+        """Itself: a copied model is an ordinary model, whose copied hooks know that they are not at home."""
+        return self
+
     def begin(self) -> None:
         """A batch was drawn."""
         self.num_draws += 1
