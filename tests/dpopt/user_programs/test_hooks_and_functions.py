@@ -66,10 +66,11 @@ CHANGED = {
 @pytest.mark.parametrize("door", ["familiar", "losses", "explicit"])
 @pytest.mark.parametrize("name", CHANGED)
 def test_attack_by_a_hook_of_the_loop_is_refused(name, door):
-    losses = CHANGED[name]
+    losses, before = CHANGED[name], Tensor.register_hook
     with pytest.raises(MixesExamples, match="hooks on tensors"):
         run(lambda *given: losses(*given).mean() if door == "familiar" else losses(*given), door=door)
-    assert Tensor.register_hook.__module__ == "torch._tensor"
+    # As it was: where an earlier test left a run open, it stays watched.
+    assert Tensor.register_hook is before or Tensor.register_hook.__module__ == "torch._tensor"
 
 
 def test_a_hook_on_the_part_of_a_model_is_refused():
