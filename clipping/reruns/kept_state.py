@@ -11,6 +11,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,16 @@ def _inside(value: Any, kinds: Set[str]) -> list[tuple[Any, Any]]:
         return list(enumerate(value))
     if isinstance(value, set | frozenset):
         return []
-    plain = type(value).__module__ in kinds and not callable(value)
-    return list(vars(value).items()) if plain and hasattr(value, "__dict__") else []
+    if (
+        not isinstance(getattr(value, "__dict__", None), dict)
+        or callable(value)
+        or isinstance(value, Tensor | ModuleType)
+    ):
+        return []
+    if type(value).__module__ in kinds:
+        return list(vars(value).items())
+    # Of other objects, what a batch could be kept in: what is below is not theirs alone.
+    return [(name, x) for name, x in vars(value).items() if isinstance(x, Tensor | int | float | _arrays())]
 
 
 def _arrays() -> Any:
@@ -89,6 +98,11 @@ def _put(target: Tensor, value: Tensor) -> None:
             target.data.copy_(value)
         else:
             target.data = value
+
+
+def _put_array(target: Any, value: Any) -> None:
+    if target.tobytes() != value.tobytes():  # a file may lie behind it
+        target[...] = value
 
 
 class Kept(NamedTuple):
@@ -123,8 +137,8 @@ def _repair(value: Any) -> Callable[[], None] | None:
         python = value.getstate()
         return lambda: value.setstate(python)
     if isinstance(value, _arrays()):
-        copied = value.copy()
-        return lambda: value.__setitem__(Ellipsis, copied)
+        copied = value.copy() if value.flags.writeable else None
+        return None if copied is None else lambda: _put_array(value, copied)
     if hasattr(value, "bit_generator"):
         bits = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", bits)
@@ -141,8 +155,11 @@ def _refill(value: Any) -> Callable[[], None] | None:
         now = list(target.items()) if isinstance(target, dict) else list(target)
         if len(now) == len(contents) and all(_is(a, b) for a, b in zip(now, contents, strict=True)):
             return
-        target.clear()
-        target.update(contents) if isinstance(target, dict | set) else target.extend(contents)
+        # The plain methods: subclasses may forbid theirs, or do more.
+        kind: Any = next(x for x in (dict, list, set, deque) if isinstance(target, x))
+        kind.clear(target)
+        put: Any = getattr(kind, "update" if kind in (dict, set) else "extend")
+        put(target, contents)
 
     return refill
 

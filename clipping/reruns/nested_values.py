@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,6 +34,8 @@ def _fields(value: object) -> dict[str, object] | None:
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    if isinstance(value, UserDict):  # what tokenizers of transformers return
+        return {"data": value.data}
     return dict(vars(value)) if type(value) is SimpleNamespace else None
 
 

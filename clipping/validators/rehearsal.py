@@ -53,10 +53,10 @@ class _Run(NamedTuple):
 class Rehearsal:
     """Runs the model of `tape` on the inputs of one call. `num_examples` own its rows; None: each row is an example."""
 
-    def __init__(self, tape: Tape, args: Any, kwargs: Any, num_examples: int | None) -> None:
+    def __init__(self, tape: Tape, args: Any, kwargs: Any, num_examples: int | None, turn: int = 0) -> None:
         self._tape = tape
         self._model = tape.model
-        self._inputs = Inputs.of(args, kwargs, tape.batch_dim, num_examples)
+        self._inputs = Inputs.of(args, kwargs, tape.batch_dim, num_examples, turn)
         self._sources = Sources.of(self._model.modules(), foreign=True)
         self._kept = Kept.of(self._model)
         self._certain = True

@@ -54,15 +54,26 @@ class Inputs:
     dims: Dims
     num_rows: int
     num_examples: int
+    turn: int = 0
 
     @staticmethod
-    def of(args: Any, kwargs: Any, batch_dim: int, num_examples: int | None) -> Inputs:
-        """Those of a call, whose rows are of `num_examples`; None: each row is an example."""
+    def of(args: Any, kwargs: Any, batch_dim: int, num_examples: int | None, turn: int = 0) -> Inputs:
+        """Those of a call, whose rows are of `num_examples`; None: each row is an example.
+
+        Fewer rows than examples are a part of them that the loop has cut.
+        """
         leaves, structure = flatten((args, kwargs))
-        first = next((x for x in leaves if isinstance(x, Tensor) and x.dim() > 0), None)
-        num_rows = 0 if first is None else first.shape[batch_dim if first.dim() > batch_dim else 0]
+        sizes = [
+            x.shape[batch_dim if x.dim() > batch_dim else 0]
+            for x in leaves
+            if isinstance(x, Tensor) and x.dim() > 0
+        ]
+        fits = (n for n in sizes if num_examples and n and n % num_examples == 0)
+        num_rows = next(fits, sizes[0] if sizes else 0)
+        if num_examples and num_rows < num_examples:
+            num_examples = None
         dims = [_dim(x, num_rows, batch_dim) for x in leaves]
-        return Inputs([own(x) for x in leaves], structure, dims, num_rows, num_examples or num_rows)
+        return Inputs([own(x) for x in leaves], structure, dims, num_rows, num_examples or num_rows, turn)
 
     @property
     def several(self) -> bool:
@@ -79,17 +90,30 @@ class Inputs:
         return unflatten([own(x) for x in leaves], self.structure)
 
     def plan(self, which: int, order: str) -> Plan:
-        """Even examples stay where `which` is 0, odd ones where it is 1; a neighbour takes the place of each other one."""
-        each = torch.arange(self.num_examples, device="cpu")
-        partner = torch.where(each % 2 == which, each, each + (1 if which else -1))
-        partner = torch.where(partner >= self.num_examples, each - 1, partner)
+        """A half of the examples stays, which of the two `which` says; one of those takes the place of each other one.
+
+        Halves are drawn: whatever a batch is folded to, no group of its rows lies in one half at every turn.
+        """
+        drawn = torch.randperm(
+            self.num_examples,
+            generator=torch.Generator(device="cpu").manual_seed(self.turn // 2),
+            device="cpu",
+        )
+        place = torch.arange(self.num_examples, device="cpu")
+        other = torch.where(place % 2 == which, place, place + (1 if which else -1))
+        other = torch.where(other >= self.num_examples, place - 1, other)
+        partner, stays = (
+            torch.empty_like(drawn),
+            torch.empty(self.num_examples, dtype=torch.bool, device="cpu"),
+        )
+        partner[drawn], stays[drawn] = drawn[other], place % 2 == which
         times, rows = self.num_rows // self.num_examples, torch.arange(self.num_rows, device="cpu")
         if order == BLOCKS:
             owners, take = rows // times, partner[rows // times] * times + rows % times
         else:
             owners = rows % self.num_examples
             take = rows // self.num_examples * self.num_examples + partner[owners]
-        return Plan(take, owners % 2 == which, SMALL if which else LARGE)
+        return Plan(take, stays[owners], SMALL if (which + self.turn) % 2 else LARGE)
 
     def others(self, plan: Plan, dims: Dims) -> list[object]:
         """The leaves with other examples, in the dimensions `dims`."""

@@ -41,6 +41,8 @@ class Rehearsing:
         self._sizes: dict[Hashable, set[int]] = {}
         self._found: dict[int, Exception] = {}
         self._begun: tuple[Hashable, int] | None = None
+        self._versions: list[int] = []
+        self._frozen: list[int] | None = None
         self._rehearsed_at: dict[Hashable, int] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Rehearsing:
@@ -57,7 +59,8 @@ class Rehearsing:
 
     def require(self, num_examples: int) -> None:
         """Losses of so many examples came: raise MixesExamples where their rows were seen to be mixed."""
-        found = self._found.get(num_examples)
+        # Calls of fewer rows are of parts of these examples.
+        found = next((x for rows, x in self._found.items() if rows <= num_examples), None)
         self._found.clear()
         if found is not None:
             raise found
@@ -72,15 +75,23 @@ class Rehearsing:
         if not self._here(model):
             return
         kind = _kind(model, args, kwargs)
-        if kind not in self._known:
+        due = kind not in self._known
+        self._frozen = _fingerprint(self._tape.model) if due else None
+        if due:
             self._rehearse(kind, args, kwargs)
         self._begun = kind, _nodes_made()
+        self._versions = _versions(self._tape.model)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object) -> None:
         """Forward hook of the model: look again where more or fewer operations were recorded than ever before."""
         begun, self._begun = self._begun, None
         if begun is None or not self._here(model):
             return
+        if self._versions != _versions(model) or self._frozen not in (None, _fingerprint(model)):
+            raise RuntimeError(
+                "expected a forward that leaves parameters as they are; got one that writes to them, which would be published "
+                "without noise; move such statistics out of the private loop, and moving averages of weights to after step()"
+            )
         kind, number = begun
         size = _nodes_made() - number
         sizes = self._sizes.setdefault(kind, set())
@@ -115,7 +126,7 @@ class Rehearsing:
 
     def _rehearse(self, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            rehearsal = Rehearsal(self._tape, args, kwargs, self._part() or None)
+            rehearsal = Rehearsal(self._tape, args, kwargs, self._part() or None, self.num_rehearsals)
         except Exception:  # an argument that cannot be copied
             return
         if rehearsal.num_rows == 1 and self._part() == 1:
@@ -124,7 +135,7 @@ class Rehearsing:
             return
         self.num_rehearsals += 1
         # Later ones take turns, and cost less.
-        plans = (0, 1) if self.num_draws < 4 else (self.num_rehearsals % 2,)
+        plans = (0, 1) if self.num_draws < 4 else (self.num_rehearsals // 2 % 2,)
         verdict = rehearsal.verdict(plans)
         if verdict.refusal is not None:
             if self._part():
@@ -155,3 +166,15 @@ def _kind(model: nn.Module, args: Any, kwargs: Any) -> Hashable:
 
 def _of_leaf(value: object) -> Hashable:
     return (value.dim(), value.dtype, value.requires_grad) if isinstance(value, Tensor) else type(value)
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """How often each parameter was written to, where torch counts it."""
+    return [0 if p.is_inference() else p._version for p in model.parameters()]
+
+
+def _fingerprint(model: nn.Module) -> list[int]:
+    """Numbers that change with the frozen parameters, also where `.data` is written, which torch does not count."""
+    frozen = [p.detach() for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    told = [x for p in frozen if p.numel() for x in (p.sum(dtype=torch.float64), p.norm(dtype=torch.float64))]
+    return torch.stack([x.cpu() for x in told]).view(torch.int64).tolist() if told else []  # NaN is itself

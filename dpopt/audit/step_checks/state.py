@@ -12,14 +12,18 @@ from torch import Tensor
 from dpopt.audit.step_checks.case import TrainingStep, released, running, seeded, snapshot
 from dpopt.audit.step_checks.findings import CAUTION, FAULT, HOLDS, UNCHECKED, Finding
 
+STEPS = 3
+"""Steps after which a parameter is looked at: the first step of Adam and its like is of one size, whatever the gradient."""
+
 
 def _after(
-    case: TrainingStep, batch: list[Any], noise_multiplier: float, seed: int
+    case: TrainingStep, batch: list[Any], noise_multiplier: float, seed: int, steps: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Everything in the model before and after one step."""
+    """Everything in the model before and after `steps` steps on the same batch."""
     with seeded(seed), running(case.make(case.records, noise_multiplier)) as run:
         before = snapshot(run.model)
-        run.step(batch)
+        for _ in range(steps):
+            run.step(batch)
         return before, snapshot(run.model)
 
 
@@ -61,8 +65,8 @@ def check_parameters(case: TrainingStep, seed: int) -> Finding:
     """Parameters that a step moves are moved by noisy gradients: not by the same amount with noise and without."""
     expected = "parameters that move by what was released"
     batch = case.batch
-    before, noisy = _after(case, batch, case.noise_multiplier, seed)
-    first, clean = _after(case, batch, 0.0, seed)
+    before, noisy = _after(case, batch, case.noise_multiplier, seed, STEPS)
+    first, clean = _after(case, batch, 0.0, seed, STEPS)
     with seeded(seed), running(case.make(case.records, 0.0)) as run:
         parameters = dict(run.model.named_parameters())
     moved = [n for n, v in before.items() if n in parameters and not _same(v, noisy[n])]

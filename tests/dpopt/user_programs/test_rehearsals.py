@@ -2,6 +2,7 @@
 """A model's forward is rehearsed with other examples: what brings them together is refused, what does not is taken."""
 
 import random
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -483,3 +484,110 @@ def test_a_compiled_model_is_rehearsed(mixing):
         F.cross_entropy(call(x), y).backward()
         optimizer.step()
     engine.detach()
+
+
+# -- what neighbours and places do not show -----------------------------------------------------------------------
+
+
+def _pairs_at_odd_places(model, x):
+    h = model.inner(x).unflatten(0, (-1, 2))
+    return model.outer((h / h.detach().abs().amax((0, 2), keepdim=True)).flatten(0, 1))
+
+
+def _largest_row(model, x):
+    h, chosen = model.inner(x), torch.zeros(len(x), 1)
+    chosen[x.norm(dim=1).argmax()] = 1.0
+    return model.outer(h * (1 + chosen))
+
+
+def _groups_of_four(model, x):
+    h = model.inner(x)
+    spread = h.detach().unflatten(0, (4, -1)).std(0).mean(1)
+    return model.outer(h * (1 + spread.repeat(4))[:, None])
+
+
+@pytest.mark.parametrize("forward", [_pairs_at_odd_places, _largest_row, _groups_of_four])
+def test_attack_within_places_that_go_together_is_refused(forward):
+    (first, second) = both_doors(forward)
+    assert "examples beside it were replaced" in first and "examples beside it were replaced" in second
+
+
+@pytest.mark.parametrize("door", ["familiar", "losses"])
+def test_attack_in_parts_that_the_loop_cuts_itself_is_refused(door):
+    engine, model, optimizer, loader = familiar(Model(_largest), examples(NUM), batch_size=NUM)
+    with pytest.raises(MixesExamples, match="examples beside it were replaced"):
+        for x, y in loader:
+            optimizer.zero_grad()
+            for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+                losses = F.cross_entropy(model(a), b, reduction="none")
+                engine.backward(losses) if door == "losses" else losses.mean().backward()
+            optimizer.step()
+    engine.detach()
+
+
+def test_attack_on_a_mapping_of_inputs_is_refused():
+    def forward(model, batch):
+        return _largest(model, batch["x"])
+
+    assert len(both_doors(forward, call=lambda model, x: model(UserDict(x=x)))) == 2
+    assert not both_doors(
+        lambda model, batch: model.outer(model.inner(batch["x"])),
+        call=lambda model, x: model(UserDict(x=x)),
+    )
+
+
+class _Prototype(nn.Module):
+    """A frozen parameter that each forward writes."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.inner, self.outer, self.write = nn.Linear(D, 6), nn.Linear(6, K), write
+        self.center = nn.Parameter(torch.zeros(D), requires_grad=False)
+
+    def forward(self, x):
+        self.write(self.center, x.detach().mean(0))
+        return self.outer(self.inner(x))
+
+
+def _copied(center, mean):
+    with torch.no_grad():
+        center.copy_(mean)
+
+
+@pytest.mark.parametrize("write", [_copied, lambda center, mean: center.data.copy_(mean)])
+@pytest.mark.parametrize("door", [_familiar, _explicit])
+def test_attack_by_a_frozen_parameter_that_the_forward_writes_is_refused(door, write):
+    with pytest.raises(RuntimeError, match="leaves parameters as they are"):
+        door(_Prototype(write), 2)
+
+
+class _Foreign:
+    """As a class of another library keeps numbers."""
+
+    def __init__(self):
+        self.mean = torch.zeros(6)
+
+
+_Foreign.__module__ = "another.library"
+
+
+def test_attack_by_an_object_of_another_library_is_refused():
+    def forward(model, x):
+        h = model.inner(x)
+        out = model.outer(h - model.foreign.mean)
+        model.foreign.mean = 0.9 * model.foreign.mean + 0.1 * h.detach().mean(0)
+        return out
+
+    for door in (_familiar, _explicit):
+        model = Model(forward)
+        model.foreign = _Foreign()
+        with pytest.raises(MixesExamples):
+            door(model, 2)
+
+
+def test_numbers_that_cannot_be_written_are_left_alone():
+    for door in (_familiar, _explicit):
+        model = Model(lambda model, x: model.outer(model.inner(x)) + float(model.table[0]))
+        model.table = np.zeros(3)
+        model.table.flags.writeable = False
+        door(model, 2)
