@@ -25,7 +25,7 @@ from dpopt import GaussianMechanism
 INSIDE = (
     ("capture (rules)", "clipping.recording.deliveries", "Deliveries", "deliver"),
     ("norms", "clipping.collectors.one_pass", None, "settled"),
-    ("norms", "clipping.collectors.one_pass", None, "sq_norm"),
+    ("norms", "clipping.collectors.one_pass", None, "norms"),
     ("weighted sums", "clipping.collectors.one_pass", "Sums", "add"),
     ("noise", "dpopt.mechanisms.gaussian", "GaussianMechanism", "release"),
     ("ledger", "accountants.ledger.ledger", "Ledger", "charge"),
