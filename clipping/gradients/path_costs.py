@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -63,14 +63,6 @@ class Sizes(NamedTuple):
     def formed(self) -> int:
         """Numbers of one example's gradient."""
         return self.num_groups * self.num_out * self.num_in
-
-
-class Product(Protocol):
-    """Gradients that are a sum over positions of outer products."""
-
-    def sizes(self) -> Sizes:
-        """What decides on the path."""
-        ...
 
 
 class Choice(NamedTuple):

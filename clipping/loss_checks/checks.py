@@ -52,6 +52,7 @@ class LossChecks:
         self._passed: dict[Hashable, tuple[tuple[int, str, float], ...]] = {}
         self._flags: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
+        self._follower: RemovableHandle | None = None
         self._proven: list[bool] = []
         self._order: bytes | None = None
         self._given = False
@@ -75,11 +76,11 @@ class LossChecks:
 
     def detach(self) -> None:
         """Look no more."""
+        self._stop_following()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         ENTRANCE.leave(self)
-        self._provenance.stop()
 
     def __deepcopy__(self, memo: dict[int, object]) -> LossChecks:
         """Itself: a copied model is an ordinary model, whose copied hooks find nothing to look at."""
@@ -104,15 +105,16 @@ class LossChecks:
                 self._num_followed += 1
             self._provenance.start(batch, num_examples, self._tape.batch_dim)
             before = untraced(self._before_model)
-            self._hooks.append(self._tape.model.register_forward_pre_hook(before, with_kwargs=True))
+            self._follower = self._tape.model.register_forward_pre_hook(before, with_kwargs=True)
         else:
             self._provenance.pass_by(batch)
 
     def _stop_following(self) -> None:
         if self._provenance.entered:
             self._provenance.stop()
-        while len(self._hooks) > 2:
-            self._hooks.pop().remove()
+        if self._follower is not None:
+            self._follower.remove()
+            self._follower = None
 
     def settle(self) -> None:
         """The step is about to be released: ask what was put off, so as not to stop a device in the backward."""
@@ -201,7 +203,7 @@ class LossChecks:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
         tape = self._tape
-        asking = tape.attribution.asking or tape.is_rerunning
+        asking = tape.is_asking or tape.is_rerunning
         if second_order or tape.is_paused or asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
@@ -217,12 +219,7 @@ class LossChecks:
 
     def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
         """It has made gradients: note how they depend on the examples, should the loop put them into a loss."""
-        if (
-            self._provenance.on
-            and self._ready()
-            and not self._tape.is_rerunning
-            and not self._tape.attribution.asking
-        ):
+        if self._provenance.on and self._ready() and not self._tape.is_rerunning and not self._tape.is_asking:
             self._provenance.note_gradients(roots, inputs, grads)
 
     def require_proven(self) -> None:

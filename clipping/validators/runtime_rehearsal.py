@@ -41,7 +41,7 @@ class Rehearsing:
         self._sizes: dict[Hashable, set[int]] = {}
         self._found: dict[int, Exception] = {}
         self._begun: tuple[Hashable, int] | None = None
-        self._versions: list[int] = []
+        self._versions: list[tuple[nn.Parameter, int]] = []
         self._frozen: list[int] | None = None
         self._rehearsed_at: dict[Hashable, int] = {}
 
@@ -76,18 +76,19 @@ class Rehearsing:
             return
         kind = _kind(model, args, kwargs)
         due = kind not in self._known
-        self._frozen = _fingerprint(self._tape.model) if due else None
+        self._frozen = _fingerprint(model) if due else None
         if due:
             self._rehearse(kind, args, kwargs)
         self._begun = kind, _nodes_made()
-        self._versions = _versions(self._tape.model)
+        self._versions = [(p, _version(p)) for p in model.parameters()]
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object) -> None:
         """Forward hook of the model: look again where more or fewer operations were recorded than ever before."""
         begun, self._begun = self._begun, None
         if begun is None or not self._here(model):
             return
-        if self._versions != _versions(model) or self._frozen not in (None, _fingerprint(model)):
+        written = any(_version(p) != version for p, version in self._versions)
+        if written or self._frozen not in (None, _fingerprint(model)):
             raise RuntimeError(
                 "expected a forward that leaves parameters as they are; got one that writes to them, which would be published "
                 "without noise; move such statistics out of the private loop, and moving averages of weights to after step()"
@@ -168,13 +169,14 @@ def _of_leaf(value: object) -> Hashable:
     return (value.dim(), value.dtype, value.requires_grad) if isinstance(value, Tensor) else type(value)
 
 
-def _versions(model: nn.Module) -> list[int]:
-    """How often each parameter was written to, where torch counts it."""
-    return [0 if p.is_inference() else p._version for p in model.parameters()]
+def _version(parameter: nn.Parameter) -> int:
+    """How often it was written to, where torch counts that."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
     """Numbers that change with the frozen parameters, also where `.data` is written, which torch does not count."""
     frozen = [p.detach() for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     told = [x for p in frozen if p.numel() for x in (p.sum(dtype=torch.float64), p.norm(dtype=torch.float64))]
-    return torch.stack([x.cpu() for x in told]).view(torch.int64).tolist() if told else []  # NaN is itself
+    # In one transfer; as bits, since NaN is itself.
+    return torch.stack([x.to(told[0].device) for x in told]).view(torch.int64).tolist() if told else []

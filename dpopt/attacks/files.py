@@ -170,22 +170,6 @@ def tokens_of(
     return tokens
 
 
-def device_called(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU where there is one.
-
-    Raises:
-        InputError: torch has no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"expected a device that torch has here; got {name!r}; pass cpu, cuda or auto"
-        ) from error
-
-
 def refuse_shared(members: Sequence[TextRecord], non_members: Sequence[TextRecord]) -> None:
     """Refuse records that stand on both sides."""
     known = set(members)

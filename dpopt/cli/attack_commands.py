@@ -289,6 +289,6 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Seen]:
 
 
 def _device(name: str):
-    from dpopt.attacks.files import device_called
+    from dpopt.finetune.language_model import device_called
 
     return device_called(name)

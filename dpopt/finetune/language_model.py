@@ -167,3 +167,19 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     with quiet(), whole_folder(folder) as partial:
         cast("Any", model).save_pretrained(str(partial), **options)
         tokenizer.save_pretrained(str(partial))
+
+
+def device_called(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        InputError: torch has no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"expected a device that torch has here; got {name!r}; pass cpu, cuda or auto"
+        ) from error

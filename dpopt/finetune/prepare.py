@@ -21,7 +21,7 @@ from dpopt.finetune.auditing import LanguageCanaries, with_room
 from dpopt.finetune.config import FinetuneConfig
 from dpopt.finetune.continued_ledger import LEDGER_NAME, REPORT_NAME, require_reported
 from dpopt.finetune.corpus import Corpus, load_corpus
-from dpopt.finetune.language_model import encode, load, longest, with_adapter
+from dpopt.finetune.language_model import device_called, encode, load, longest, with_adapter
 from dpopt.finetune.privacy_plan import PrivacyPlan, plan_privacy
 from dpopt.finetune.progress import Listener
 from dpopt.finetune.record_files import InputError
@@ -63,7 +63,7 @@ def prepare(config: FinetuneConfig, listener: Listener) -> Prepared:
     listener.stage("computing the noise")
     privacy = _privacy(config, corpus, model, config.ledger or out / LEDGER_NAME)
     max_tokens = _max_tokens(config, model)
-    device = _device(config.device)
+    device = device_called(config.device)
     listener.stage("tokenising")
     train = encode(corpus.train, tokenizer, max_tokens=max_tokens)
     validation = encode(corpus.validation, tokenizer, max_tokens=max_tokens)
@@ -214,14 +214,3 @@ def _learning_rate(lora_rank: int, *, embedded: bool) -> float:
     if lora_rank:
         return LORA_LEARNING_RATE
     return EMBEDDED_LEARNING_RATE if embedded else LEARNING_RATE
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"expected a device that torch has here; got {name!r}; pass cpu, cuda or auto"
-        ) from error
