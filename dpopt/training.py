@@ -29,7 +29,7 @@ from dpopt.budget.prices import Priced, Prices, prices, require_priced
 from dpopt.estimators.estimator import Estimator
 from dpopt.estimators.plain import only_estimator
 from dpopt.estimators.step_mechanism import mechanism_of, scaled
-from dpopt.guards.model_watch import Watch, refuse_distributed, require_open
+from dpopt.guards.model_watch import Watch, refuse_closed, refuse_distributed
 from dpopt.guards.open_runs import refuse_open
 from dpopt.losses import one_loss
 from dpopt.mechanisms import GaussianMechanism, Mechanism
@@ -252,7 +252,7 @@ class PrivateTraining:
     def draw(self, num_records: int) -> Draw:
         """The next batch: its indices, and its number."""
         if not self._open:
-            require_open(self._open)
+            refuse_closed()
         self._require_sampling()
         rounds = self.payments.rounds
         number = rounds.next(num_records)
@@ -388,7 +388,8 @@ class PrivateTraining:
                 criterion(model(public_inputs), public_labels).backward()
                 optimizer.step()
         """
-        require_open(self._open)
+        if not self._open:
+            refuse_closed()
         self.noise_stds = dict.fromkeys(self.sum.parameters, 0.0)
         with self._watch.public_examples():
             yield

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -137,13 +138,12 @@ def refuse_fork(pid: int) -> None:
         )
 
 
-def require_open(is_open: bool) -> None:
-    """Raise RuntimeError outside a run."""
-    if not is_open:
-        raise RuntimeError(
-            "expected an open run; got one that has ended or not begun, where nothing would be private; draw inside its "
-            "`with` statement, or before detach()"
-        )
+def refuse_closed() -> NoReturn:
+    """Raise RuntimeError: a run is not open, and nothing in it would be private."""
+    raise RuntimeError(
+        "expected an open run; got one that has ended or not begun, where nothing would be private; draw inside its "
+        "`with` statement, or before detach()"
+    )
 
 
 def refuse_distributed() -> None:
