@@ -203,7 +203,7 @@ class LossChecks:
         """Show that a backward of `roots` is of a sum over examples, or raise."""
         self._proven.append(False)
         tape = self._tape
-        asking = tape.is_asking or tape.is_rerunning
+        asking = tape.attribution.asking or tape.is_rerunning
         if second_order or tape.is_paused or asking or not self._ready():
             return
         if torch._C._len_torch_dispatch_stack():
@@ -219,7 +219,12 @@ class LossChecks:
 
     def made(self, roots: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
         """It has made gradients: note how they depend on the examples, should the loop put them into a loss."""
-        if self._provenance.on and self._ready() and not self._tape.is_rerunning and not self._tape.is_asking:
+        if (
+            self._provenance.on
+            and self._ready()
+            and not self._tape.is_rerunning
+            and not self._tape.attribution.asking
+        ):
             self._provenance.note_gradients(roots, inputs, grads)
 
     def require_proven(self) -> None:
